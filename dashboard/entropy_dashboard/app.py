@@ -1,0 +1,58 @@
+"""The dashboard's frame: theme, navigation and run picker. Pages stand in `pages/`, one file each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import streamlit as st
+
+from entropy_dashboard import session
+from entropy_dashboard.pages import PAGES
+from entropy_dashboard.text import escape
+
+_STATIC = Path(__file__).with_name("static")
+
+
+def main() -> None:
+    """Draw the page that the address names; Streamlit calls this with every full run of the script."""
+    st.set_page_config(page_title="Entropy Monitor", page_icon=str(_STATIC / "favicon.svg"), layout="wide")
+    st.html(_STATIC / "style.css")
+    st.logo(str(_STATIC / f"logo_{session.theme()}.svg"), size="large")
+    pages = [
+        st.Page(page.draw, title=page.title, icon=page.icon, url_path=page.url_path, default=page.default)
+        for page in PAGES
+    ]
+    chosen = st.navigation(pages, position="hidden")  # Streamlit's own list hides itself while there is one page only
+    with st.sidebar:
+        st.caption("Monitor")
+        for page, entry in zip(pages, PAGES, strict=True):
+            with st.container(key=f"page_{entry.url_path}"):
+                st.page_link(page, label=entry.title, icon=entry.icon, width="stretch", query_params=_address())
+        st.divider()
+        _pick_run()
+    chosen.run()
+
+
+def _address() -> dict[str, str]:  # what stays when the page changes
+    return {"run": st.query_params["run"]} if "run" in st.query_params else {}
+
+
+def _pick_run() -> None:
+    runs = session.available_runs()
+    if not runs:
+        return
+    asked, names = st.query_params.get("run"), list(runs)
+    current = session.selected_run(runs)
+    assert current is not None
+    # The address leads: a widget's own memory would win over a link that was followed in the same tab.
+    if st.session_state.get("run_picker") != current:
+        st.session_state["run_picker"] = current
+    st.selectbox("Run", names, key="run_picker", on_change=_follow_picker)
+    if asked is not None and asked not in runs:
+        st.warning(f"There is no run {escape(asked, 80)} here. Pick one above.", icon=":material/search_off:")
+
+
+def _follow_picker() -> None:
+    st.query_params["run"] = st.session_state["run_picker"]
+    for key in ("confirming", "chosen_layers"):
+        st.session_state.pop(key, None)

@@ -1,0 +1,1 @@
+"""The script that Streamlit runs, alone in its folder."""

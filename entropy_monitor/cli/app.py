@@ -1,0 +1,81 @@
+"""The typer application, and how exceptions become one line and an exit code."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import click
+import typer
+
+from entropy_monitor import __version__
+from entropy_monitor.cli import dashboard, demo, doctor, phase, status, watch
+from entropy_monitor.errors import ConfigError, EntropyMonitorError, NotARunError, RunNotFoundError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+EXIT_FAILED, EXIT_USAGE, EXIT_NO_RUN = 1, 2, 3
+
+app = typer.Typer(
+    name="entropy-monitor",
+    help="See, live, how a neural network memorizes and compresses while it trains, and steer it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command(name="demo")(demo.demo)
+app.command(name="watch")(watch.watch)
+app.command(name="dashboard")(dashboard.dashboard)
+app.command(name="status")(status.status)
+app.command(name="phase")(phase.phase)
+app.command(name="doctor")(doctor.doctor)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"entropy-monitor {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    verbose: Annotated[int, typer.Option("--verbose", "-v", count=True, help="Say more; twice for everything.")] = 0,
+    version: Annotated[  # read by its callback
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    levels = [logging.WARNING, logging.INFO, logging.DEBUG]
+    logging.basicConfig(level=levels[min(verbose, 2)], format="%(levelname)s %(name)s: %(message)s")
+
+
+def run_command(arguments: Sequence[str]) -> int:
+    """Run one command.
+
+    Args:
+        arguments: what follows ``entropy-monitor``.
+
+    Returns:
+        0 done, 1 failed, 2 usage, 3 no such run. Errors are one line on stderr.
+    """
+    try:
+        code = app(args=list(arguments), standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        return EXIT_USAGE
+    except (click.Abort, KeyboardInterrupt):
+        return EXIT_FAILED
+    except (RunNotFoundError, NotARunError) as error:
+        return _fail(error, EXIT_NO_RUN)
+    except ConfigError as error:
+        return _fail(error, EXIT_USAGE)
+    except (EntropyMonitorError, OSError) as error:
+        return _fail(error, EXIT_FAILED)
+    return int(code or 0)
+
+
+def _fail(error: Exception, code: int) -> int:
+    logging.getLogger(__name__).debug("", exc_info=error)
+    print(f"error: {error}", file=sys.stderr)
+    return code

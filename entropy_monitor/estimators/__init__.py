@@ -1,0 +1,39 @@
+"""Estimators of matrix-based entropy and gradient alignment: pure tensor functions, in nats.
+
+Every function takes a torch tensor on any device or a numpy array, with any leading batch dimensions, and computes in
+the input's precision but at least fp32 (bf16, fp16 and integers are converted), autocast or not. Non-finite entries
+give NaN for the matrix that holds them, and for no other. Nothing is clamped: rounding may leave an entropy of zero at
+-1e-7.
+"""
+
+from __future__ import annotations
+
+from entropy_monitor.estimators.alignment import Alignment, gradient_alignment
+from entropy_monitor.estimators.gradients import matrix_entropy_gradient, patch_matrix_entropy_gradient
+from entropy_monitor.estimators.matrix_entropy import (
+    effective_rank,
+    matrix_entropy,
+    patch_entropies,
+    patch_matrix_entropy,
+)
+from entropy_monitor.estimators.sample_entropies import SampleEntropies, matrix_entropy_unbiased, sample_entropies
+from entropy_monitor.estimators.standard_error import matrix_entropy_standard_error, patch_standard_error
+from entropy_monitor.estimators.weight_alignment import gradient_alignment_from_parts, weight_alignment_parts
+
+__all__ = [
+    "Alignment",
+    "SampleEntropies",
+    "effective_rank",
+    "gradient_alignment",
+    "gradient_alignment_from_parts",
+    "matrix_entropy",
+    "matrix_entropy_gradient",
+    "matrix_entropy_standard_error",
+    "matrix_entropy_unbiased",
+    "patch_entropies",
+    "patch_matrix_entropy",
+    "patch_matrix_entropy_gradient",
+    "patch_standard_error",
+    "sample_entropies",
+    "weight_alignment_parts",
+]

@@ -1,0 +1,222 @@
+"""The control channel: numbered commands and one acknowledgement of each rank, all by conditional create.
+
+A command's number is its id and is signed with it, so a copied command file is refused at any other number.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import hmac
+import json
+import re
+import time
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any, get_args
+
+from entropy_monitor.store import layout
+from entropy_monitor.store.objects import encode_json
+from entropy_monitor.types import AckStatus, Acknowledgement, Command, CommandPhase
+
+if TYPE_CHECKING:
+    from entropy_monitor.store.objects import Objects
+
+DEFAULT_EXPIRY_S = 300.0
+MAX_REASON_LENGTH = 300
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CommandRequest:
+    """What somebody wants the trainer to do, before it has a number."""
+
+    phase: CommandPhase
+    reason: str
+    issued_by: str
+    weight: float | None = None
+    expires_after_s: float = DEFAULT_EXPIRY_S
+
+    def __post_init__(self) -> None:
+        if self.phase not in get_args(CommandPhase):
+            raise ValueError(f"expected phase memorize, compress or auto; found {self.phase!r}")
+        if not self.reason.strip():
+            raise ValueError("expected a reason; found an empty text: say in a few words why the phase is switched")
+        if len(self.reason) > MAX_REASON_LENGTH:
+            raise ValueError(f"expected a reason of at most {MAX_REASON_LENGTH} characters; found {len(self.reason)}")
+        if self.weight is not None and not 0 <= self.weight < float("inf"):
+            raise ValueError(f"expected a finite weight >= 0; found {self.weight}: leave it out for the default")
+        if not 0 < self.expires_after_s < float("inf"):
+            raise ValueError(f"expected an expiry of more than 0 s; found {self.expires_after_s}")
+
+
+def issue_command(
+    objects: Objects, run_id: str, request: CommandRequest, *, now: float | None = None, key: str | None = None
+) -> Command:
+    """Give a request the next free number, sign it if there is a key, and publish it.
+
+    Args:
+        objects: the run's objects.
+        run_id: the run's id, part of what is signed.
+        request: what to command.
+        now: Unix time; the clock's when None.
+        key: secret shared with the trainer (``ENTROPY_MONITOR_KEY``).
+
+    Returns:
+        The command as stored.
+    """
+    issued_at = time.time() if now is None else now
+    number = last_command(objects) + 1
+    while True:
+        command = Command(
+            command_id=f"{number:08d}",
+            phase=request.phase,
+            weight=request.weight,
+            reason=request.reason.strip(),
+            issued_by=request.issued_by,
+            issued_at=issued_at,
+            expires_after_s=request.expires_after_s,
+        )
+        if key:
+            command = replace(command, signature=sign(command, run_id, key))
+        if objects.create_json(layout.command_key(number), asdict(command)):
+            return command
+        number += 1
+
+
+def sign(command: Command, run_id: str, key: str) -> str:
+    """HMAC-SHA256 over the canonical JSON of all fields but the signature, and the run id.
+
+    Returns:
+        The signature, hexadecimal.
+    """
+    fields = {**asdict(command), "run_id": run_id}
+    del fields["signature"]
+    return hmac.new(key.encode(), encode_json(fields), hashlib.sha256).hexdigest()
+
+
+def refusal(command: Command, number: int, run_id: str, key: str | None, now: float) -> tuple[AckStatus, str] | None:
+    """Judge a command that was just read.
+
+    Args:
+        command: the command.
+        number: the number in its file's name.
+        run_id: the run it was read from.
+        key: the run's secret, or None when it has none.
+        now: Unix time.
+
+    Returns:
+        None when it may be applied, else the status and detail of the acknowledgement that says why not.
+    """
+    if command.command_id != f"{number:08d}":
+        return "rejected", f"expected command {number:08d}; found {command.command_id}: it was copied"
+    if key and command.signature is None:
+        return "rejected", "unsigned: this run has a key; set ENTROPY_MONITOR_KEY where the command is sent from"
+    if key and not hmac.compare_digest(command.signature or "", sign(command, run_id, key)):
+        return "rejected", "bad signature: the sender's ENTROPY_MONITOR_KEY is not this run's"
+    if now > command.issued_at + command.expires_after_s:
+        late_s = now - command.issued_at - command.expires_after_s
+        return "expired", f"delivered {late_s:.1f} s after it expired: send it again"
+    return None
+
+
+def parse_command(value: bytes) -> Command:
+    """Read a command's file.
+
+    Returns:
+        The command.
+
+    Raises:
+        ValueError: it is malformed; the message says where.
+    """
+    try:
+        fields: Any = json.loads(value)
+        command = Command(**fields)
+        CommandRequest(
+            phase=command.phase,
+            reason=command.reason,
+            issued_by=command.issued_by,
+            weight=command.weight,
+            expires_after_s=command.expires_after_s,
+        )
+        float(command.issued_at)
+        if not isinstance(command.signature, str | None):
+            raise TypeError("the signature is no text")
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"malformed command: {error}") from error
+    return command
+
+
+def read_command_bytes(objects: Objects, number: int) -> bytes | None:
+    """Read one command's file.
+
+    Returns:
+        Its bytes, for `parse_command`; None when there is no command of this number.
+    """
+    return objects.get(layout.command_key(number))
+
+
+def list_commands(objects: Objects, first: int = 1) -> list[Command]:
+    """Commands from number `first` on; malformed ones are left out (the trainer's acknowledgement tells of them).
+
+    Returns:
+        The commands, oldest first.
+    """
+    commands: list[Command] = []
+    for number in _command_numbers(objects):
+        if number < first:
+            continue
+        value = read_command_bytes(objects, number)
+        with contextlib.suppress(ValueError):
+            commands += [parse_command(value)] if value is not None else []
+    return commands
+
+
+def last_command(objects: Objects) -> int:
+    """Number of the newest command, 0 when there is none.
+
+    Returns:
+        The number.
+    """
+    return max([0, *_command_numbers(objects)])
+
+
+def _command_numbers(objects: Objects) -> list[int]:
+    return layout.numbers(objects.children("control/commands"), r"(\d{8,})\.json")
+
+
+def acknowledge(objects: Objects, number: int, ack: Acknowledgement) -> bool:
+    """Publish a rank's answer to a command.
+
+    Returns:
+        False when this rank has answered before; then the command must not be applied (again).
+    """
+    return objects.create_json(layout.ack_key(number, ack.rank), asdict(ack))
+
+
+def read_acknowledgement(objects: Objects, number: int, rank: int) -> Acknowledgement | None:
+    """One rank's answer to one command.
+
+    Returns:
+        The acknowledgement, or None while there is none.
+    """
+    fields = objects.get_json(layout.ack_key(number, rank))
+    return None if fields is None else Acknowledgement(**fields)
+
+
+def list_acknowledgements(objects: Objects) -> list[Acknowledgement]:
+    """Every acknowledgement.
+
+    Returns:
+        The acknowledgements, by command and rank.
+    """
+    names = (re.fullmatch(r"(\d{8,})\.r(\d{5,})\.json", name) for name in objects.children("control/acks"))
+    acks = [read_acknowledgement(objects, int(match[1]), int(match[2])) for match in names if match]
+    return [ack for ack in acks if ack is not None]
+
+
+def acknowledged_numbers(objects: Objects, rank: int) -> set[int]:
+    """Commands that a rank has answered.
+
+    Returns:
+        Their numbers.
+    """
+    return set(layout.numbers(objects.children("control/acks"), rf"(\d{{8,}})\.{layout.rank_name(rank)}\.json"))

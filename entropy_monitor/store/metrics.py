@@ -1,0 +1,270 @@
+"""The metrics table: one row for each (attempt, step), kept for ever, its cursor committed with it.
+
+Three arrays a segment are written in the order ``values``, ``scalars``, ``source``; a row exists once its ``source``
+does. Each append rewrites the tail chunk of each, so a restarted watcher continues exactly behind the last whole row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from entropy_monitor.errors import CorruptFrameError, CorruptMetricsError, StoreError
+from entropy_monitor.store import layout
+from entropy_monitor.store.arrays import Array, create_group, create_group_path, read_group_attributes
+from entropy_monitor.types import PHASES, REGIMES
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from numpy.typing import NDArray
+
+    from entropy_monitor.store.objects import Objects
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MetricsLayout:
+    """Names of everything in a metrics row; a change opens a fresh segment."""
+
+    layers: tuple[str, ...]
+    metrics: tuple[str, ...]
+    """Per layer; a standard error stands beside its metric as ``NAME_se``."""
+    scalars: tuple[str, ...]
+    """Per row, float64: attempt, step, ..., and the saved state of the detectors."""
+    num_ranks: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MetricsRow:
+    """What was concluded from all ranks' frames of one step."""
+
+    values: NDArray[np.float32]
+    """Shape ``(L, M)``; NaN is undetermined."""
+    scalars: Mapping[str, float]
+    source: Mapping[int, int]
+    """`seq` of the frame that each rank contributed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MetricsBlock:
+    """Consecutive rows of one segment."""
+
+    layout: MetricsLayout
+    values: NDArray[np.float32]
+    """Shape ``(T, L, M)``."""
+    scalars: NDArray[np.float64]
+    """Shape ``(T, S)``."""
+    source: NDArray[np.int64]
+    """Shape ``(T, R)``; -1 where the rank is missing."""
+
+    def column(self, name: str) -> NDArray[np.float64]:
+        """One scalar of every row, ``(T,)``; NaN where this segment has no such column.
+
+        Returns:
+            The values.
+        """
+        if name not in self.layout.scalars:
+            return np.full(len(self.scalars), np.nan)
+        return self.scalars[:, self.layout.scalars.index(name)]
+
+
+class MetricsWriter:
+    """Appends rows; only the process that holds the run's watcher lock may have one."""
+
+    def __init__(self, objects: Objects) -> None:
+        self._objects = objects
+        create_group_path(objects, layout.metrics_key())
+        self.cursor = read_cursor(objects)
+        """Newest measured `seq` of each rank."""
+        self._layout: MetricsLayout | None = None
+        self._arrays: tuple[Array, Array, Array] | None = None
+        self._buffers: tuple[NDArray[Any], NDArray[Any], NDArray[Any]] | None = None
+        self._num_rows = 0
+
+    def append(self, metrics_layout: MetricsLayout, row: MetricsRow) -> None:
+        """Append one row and advance the cursor, in one commit.
+
+        Args:
+            metrics_layout: the row's names.
+            row: its values.
+
+        Raises:
+            StoreError: the store cannot be written; the row does not exist.
+        """
+        if metrics_layout != self._layout or self._num_rows == layout.TABLE_SEGMENT_ROWS:
+            self._claim(metrics_layout)
+        assert self._arrays is not None
+        assert self._buffers is not None
+        slot = self._num_rows % layout.TABLE_CHUNK_ROWS
+        values, scalars, source = self._buffers
+        if slot == 0:
+            values[:], scalars[:], source[:] = np.nan, np.nan, -1
+        values[slot] = row.values
+        scalars[slot] = [row.scalars.get(name, np.nan) for name in metrics_layout.scalars]
+        source[slot] = [row.source.get(rank, -1) for rank in range(metrics_layout.num_ranks)]
+        start = (self._num_rows - slot,)
+        for array, buffer in zip(self._arrays, self._buffers, strict=True):
+            array.wait(array.write(start, buffer))
+        self._num_rows += 1
+        self.cursor = _advance(self.cursor, row.source)
+
+    def _claim(self, metrics_layout: MetricsLayout) -> None:
+        number = max([-1, *_segments(self._objects)]) + 1
+        attributes = {
+            "layers": list(metrics_layout.layers),
+            "metrics": list(metrics_layout.metrics),
+            "columns": list(metrics_layout.scalars),
+            "num_ranks": metrics_layout.num_ranks,
+            "cursor": {str(rank): seq for rank, seq in self.cursor.items()},
+            "phase": {"flag_values": list(range(len(PHASES))), "flag_meanings": " ".join(PHASES)},
+            "regime": {"flag_values": list(range(len(REGIMES))), "flag_meanings": " ".join(REGIMES)},
+        }
+        key = layout.metrics_key(number)
+        if not create_group(self._objects, key, attributes):
+            raise StoreError(f"expected metrics segment {number} to be new; another watcher writes this run: stop one")
+        rows, chunk, nan = layout.TABLE_SEGMENT_ROWS, layout.TABLE_CHUNK_ROWS, float("nan")
+        layers, metrics = len(metrics_layout.layers), len(metrics_layout.metrics)
+        num_scalars, ranks = len(metrics_layout.scalars), metrics_layout.num_ranks
+
+        def create(name: str, shape: tuple[int, ...], dtype: str, dimensions: tuple[str, ...], fill: float) -> Array:
+            return Array.create(
+                self._objects,
+                f"{key}/{name}",
+                shape=(rows, *shape),
+                chunk=(chunk, *shape),
+                dtype=dtype,
+                dimensions=("row", *dimensions),
+                fill=fill,
+            )
+
+        self._arrays = (
+            create("values", (layers, metrics), "f4", ("layer", "metric"), nan),
+            create("scalars", (num_scalars,), "f8", ("column",), nan),
+            create("source", (ranks,), "i8", ("rank",), -1),
+        )
+        self._buffers = (
+            np.full((chunk, layers, metrics), np.nan, np.float32),
+            np.full((chunk, num_scalars), np.nan),
+            np.full((chunk, ranks), -1, np.int64),
+        )
+        self._layout, self._num_rows = metrics_layout, 0
+
+
+class MetricsReader:
+    """Reads rows as they come; a second call of `read_new` gives only what was appended in between."""
+
+    def __init__(self, objects: Objects, segment: int = 0) -> None:
+        self._objects = objects
+        self._segment = segment
+        self._rows = 0
+        self._open: tuple[MetricsLayout, tuple[Array, Array, Array]] | None = None
+
+    def read_new(self) -> Iterator[MetricsBlock]:
+        """Rows appended since the last call.
+
+        Yields:
+            Blocks of consecutive rows, oldest first.
+
+        Raises:
+            CorruptMetricsError: a chunk of a committed row cannot be read.
+        """
+        while True:
+            if self._open is None and not self._open_segment():
+                return
+            assert self._open is not None
+            newer = self._objects.exists(f"{layout.metrics_key(self._segment + 1)}/zarr.json")
+            while (block := self._read_chunk()) is not None:
+                yield block
+            if not newer:  # looked for before the last read: whatever the older segment got, it has been read
+                return
+            self._segment, self._rows, self._open = self._segment + 1, 0, None
+
+    def _open_segment(self) -> bool:
+        key = layout.metrics_key(self._segment)
+        attributes = read_group_attributes(self._objects, key)
+        if attributes is None:
+            return False
+        try:
+            values, scalars, source = (
+                Array.open(self._objects, f"{key}/{name}") for name in ("values", "scalars", "source")
+            )
+        except StoreError:  # claimed a moment ago: its arrays are still being created
+            if not self._objects.exists(f"{layout.metrics_key(self._segment + 1)}/zarr.json"):
+                return False
+            self._segment += 1  # its writer was killed before it had any row
+            return self._open_segment()
+        metrics_layout = MetricsLayout(
+            layers=tuple(attributes["layers"]),
+            metrics=tuple(attributes["metrics"]),
+            scalars=tuple(attributes["columns"]),
+            num_ranks=attributes["num_ranks"],
+        )
+        self._open = (metrics_layout, (values, scalars, source))
+        return True
+
+    def _read_chunk(self) -> MetricsBlock | None:
+        assert self._open is not None
+        metrics_layout, (values, scalars, source) = self._open
+        if self._rows == layout.TABLE_SEGMENT_ROWS:
+            return None
+        chunk_start = self._rows // layout.TABLE_CHUNK_ROWS * layout.TABLE_CHUNK_ROWS
+        key = f"{layout.metrics_key(self._segment)}/source/c.{chunk_start // layout.TABLE_CHUNK_ROWS}.0"
+        if not self._objects.exists(key):
+            return None
+        stop = chunk_start + layout.TABLE_CHUNK_ROWS
+        try:
+            rows_source = source.read(slice(self._rows, stop))
+            count = int((rows_source >= 0).any(axis=1).sum())
+            if count == 0:
+                return None
+            rows = slice(self._rows, self._rows + count)
+            block = MetricsBlock(
+                layout=metrics_layout, values=values.read(rows), scalars=scalars.read(rows), source=rows_source[:count]
+            )
+        except CorruptFrameError as error:
+            raise CorruptMetricsError(str(error)) from error
+        self._rows += count
+        return block
+
+
+def _segments(objects: Objects) -> list[int]:
+    return layout.numbers(objects.children(layout.metrics_key()), r"s(\d{6,})")
+
+
+def _advance(cursor: Mapping[int, int], source: Mapping[int, int]) -> dict[int, int]:
+    return {**cursor, **{rank: max(seq, cursor.get(rank, -1)) for rank, seq in source.items()}}
+
+
+def read_cursor(objects: Objects) -> dict[int, int]:
+    """Newest measured `seq` of each rank, as the metrics table has it.
+
+    Returns:
+        Rank to `seq`; empty before the first row.
+    """
+    numbers = _segments(objects)
+    if not numbers:
+        return {}
+    key = layout.metrics_key(numbers[-1])
+    attributes = read_group_attributes(objects, key) or {}
+    cursor = {int(rank): int(seq) for rank, seq in attributes.get("cursor", {}).items()}
+    chunks = layout.numbers(objects.children(f"{key}/source"), r"c\.(\d+)\.0")
+    # A silent rank may be absent from the newest chunk, so every chunk of the segment is asked.
+    for chunk in chunks:
+        start = chunk * layout.TABLE_CHUNK_ROWS
+        source = Array.open(objects, f"{key}/source").read(slice(start, start + layout.TABLE_CHUNK_ROWS))
+        cursor = _advance(cursor, {rank: int(seq) for rank, seq in enumerate(source.max(axis=0)) if seq >= 0})
+    return cursor
+
+
+def read_tail(objects: Objects) -> list[MetricsBlock]:
+    """Rows of the newest segment that has any, from which a restarted watcher continues.
+
+    Returns:
+        Blocks, oldest first; empty before the first row.
+    """
+    for number in reversed(_segments(objects)):
+        if blocks := list(MetricsReader(objects, number).read_new()):
+            return blocks
+    return []

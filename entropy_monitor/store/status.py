@@ -1,0 +1,139 @@
+"""The state of a run in one record, from its heartbeats, commands and acknowledgements."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from entropy_monitor.store.attempts import list_attempts
+from entropy_monitor.store.commands import acknowledged_numbers, list_commands
+from entropy_monitor.store.heartbeat import (
+    WATCHER,
+    Liveness,
+    liveness,
+    read_heartbeat,
+    read_trainer_heartbeats,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from entropy_monitor.store.objects import Objects
+    from entropy_monitor.store.run import Run
+
+_MOST_ALIVE: tuple[Liveness, ...] = ("live", "stale", "dead", "ended")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunStatus:
+    """What `entropy-monitor status` and the dashboard's badges say."""
+
+    run_id: str
+    state: Liveness
+    """Of the trainer: its most alive rank."""
+    heartbeat_age_s: float | None
+    """Age of the newest trainer heartbeat; negative when the clocks disagree."""
+    attempt: int
+    step: int | None
+    phase: str | None
+    weight: float | None
+    steer: bool
+    every: int | None
+    regime: str
+    frames_committed: int
+    frames_dropped: int
+    frames_removed_unmeasured: int
+    overhead_percent: float | None
+    last_step_age_s: float | None
+    """Seconds since the last optimizer step; tells a hung trainer from a live one."""
+    ranks: list[int]
+    watcher_state: Liveness
+    control: str
+    """The watcher's mode (off, advise, auto), ``suspended`` while an operator's command stands."""
+    last_measured_step: int | None
+    watcher_lag_s: dict[str, float | None]
+    """``p50`` and ``p95`` of the time from a frame's commit to its metrics row."""
+    commands_pending: int
+    """Commands that are still valid and that a rank of this attempt has not answered."""
+    faults: dict[str, int] = field(default_factory=dict[str, int])
+    """Count by kind, trainer and watcher together."""
+
+
+def read_status(run: Run, now: float | None = None) -> RunStatus:
+    """Read the run's state.
+
+    Args:
+        run: the run.
+        now: Unix time; the clock's when None.
+
+    Returns:
+        The state.
+    """
+    now = time.time() if now is None else now
+    objects = run.objects
+    attempt = max([0, *list_attempts(objects)])
+    beats = {rank: beat for rank, beat in read_trainer_heartbeats(objects).items() if beat.get("attempt") == attempt}
+    watcher = read_heartbeat(objects, WATCHER)
+    states = [liveness(beat, now) for beat in beats.values()] or ["dead"]
+    lead = beats.get(min(beats)) if beats else None
+    lag: Mapping[str, Any] = (watcher or {}).get("lag_s") or {}
+    return RunStatus(
+        run_id=run.run_id,
+        state=min(states, key=_MOST_ALIVE.index),
+        heartbeat_age_s=_age(beats.values(), "written_at", now),
+        attempt=attempt,
+        step=_get(lead, "step"),
+        phase=_get(lead, "phase"),
+        weight=_get(lead, "weight"),
+        steer=bool(_get(lead, "steer")),
+        every=_get(lead, "every"),
+        regime=_get(watcher, "regime") or "undetermined",
+        frames_committed=sum(int(beat.get("frames_committed", 0)) for beat in beats.values()),
+        frames_dropped=sum(int(beat.get("frames_dropped", 0)) for beat in beats.values()),
+        frames_removed_unmeasured=_removed_unmeasured(objects),
+        overhead_percent=_get(lead, "overhead_percent"),
+        last_step_age_s=_age(beats.values(), "last_step_at", now),
+        ranks=sorted(beats),
+        watcher_state=liveness(watcher, now),
+        control=_get(watcher, "control") or "off",
+        last_measured_step=_get(watcher, "last_measured_step"),
+        watcher_lag_s={"p50": lag.get("p50"), "p95": lag.get("p95")},
+        commands_pending=_pending(objects, sorted(beats), now),
+        faults=_faults([*beats.values(), watcher or {}]),
+    )
+
+
+def _get(beat: Mapping[str, Any] | None, name: str) -> Any:
+    return None if beat is None else beat.get(name)
+
+
+def _age(beats: Iterable[Mapping[str, Any]], name: str, now: float) -> float | None:
+    times = [float(beat[name]) for beat in beats if beat.get(name) is not None]
+    return round(now - max(times), 3) if times else None
+
+
+def _pending(objects: Objects, ranks: list[int], now: float) -> int:
+    unexpired = {
+        int(command.command_id)
+        for command in list_commands(objects)
+        if now <= command.issued_at + command.expires_after_s
+    }
+    if not unexpired:
+        return 0
+    answered = [acknowledged_numbers(objects, rank) for rank in ranks] or [set[int]()]
+    return len(unexpired - set.intersection(*answered))
+
+
+def _removed_unmeasured(objects: Objects) -> int:
+    records = [objects.get_json(f"retention/{name}") or {} for name in objects.children("retention")]
+    return sum(int(record.get("frames_removed_unmeasured", 0)) for record in records)
+
+
+def _faults(beats: list[Mapping[str, Any]]) -> dict[str, int]:
+    total: Counter[str] = Counter()
+    for beat in beats:
+        total.update({kind: int(count) for kind, count in (beat.get("faults") or {}).items()})
+    return dict(sorted(total.items()))
+

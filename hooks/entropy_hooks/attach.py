@@ -1,0 +1,114 @@
+"""`attach`: one line in any training script."""
+
+from __future__ import annotations
+
+import getpass
+import os
+import platform
+import socket
+import sys
+import time
+import weakref
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from entropy_hooks.faults import Faults
+from entropy_hooks.monitor import Monitor
+from entropy_hooks.ranks import agree_on_attempt, process_started, rank_and_world_size
+from entropy_hooks.session import Session, Target
+from entropy_hooks.taps import find_taps, steered_layers, unwrap
+from entropy_monitor import __version__
+from entropy_monitor.config import load_config
+from entropy_monitor.errors import ConfigError, EntropyMonitorError
+from entropy_monitor.store import create_run, trim_vanished_ranks
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.optim import Optimizer
+
+    from entropy_monitor.config import MonitorOptions
+    from entropy_monitor.store import Run
+
+_monitors: weakref.WeakKeyDictionary[nn.Module, Monitor] = weakref.WeakKeyDictionary()
+
+
+def attach(
+    model: nn.Module, optimizer: Optimizer, *, run: str | os.PathLike[str] | None = None, **options: Any
+) -> Monitor:
+    """Observe a training job, and let commands steer it if ``steer=True``.
+
+    Training is bit-identical to a job without this line unless a compress command is applied. Whatever fails later is
+    counted, logged once and never raised into training.
+
+    Args:
+        model: the model that trains, wrapped or not.
+        optimizer: its optimizer; each ``optimizer.step()`` is a step.
+        run: directory of the run; else ``ENTROPY_MONITOR_RUN``, ``run`` in ``./monitor.toml``, or ``runs/TIME``.
+        **options: fields of `entropy_monitor.config.MonitorOptions`.
+
+    Returns:
+        The monitor, also when this model is observed already, or disabled when the run cannot be written.
+
+    Raises:
+        ValueError: an option is wrong or names no layer; nothing has been created.
+    """
+    config = load_config(run=run, hooks=options)
+    inner = unwrap(model)
+    if (existing := _monitors.get(inner)) is not None and existing.enabled:
+        return existing
+    faults = Faults()
+    taps = find_taps(inner, config.hooks.layers)
+    target = Target(inner, optimizer, taps, steered_layers(tuple(taps), config.hooks.steer_layers))
+    if os.environ.get("ENTROPY_MONITOR_MODE", "").lower() == "disabled":
+        return Monitor(config.hooks, faults)
+    rank, world_size = rank_and_world_size()
+    if config.run is None and world_size > 1:
+        raise ConfigError("expected a run directory that all ranks share; found none: give attach(run=...)")
+    try:
+        opened = create_run(config.run or time.strftime("runs/%Y%m%d-%H%M%S"))
+        attempt = agree_on_attempt(opened.objects, rank, lambda: _record(target, config.hooks, opened, world_size))
+        if rank == 0:
+            trim_vanished_ranks(opened.objects, world_size, config.hooks.keep)
+    except EntropyMonitorError as error:
+        faults.count("store_unavailable", error)
+        return Monitor(config.hooks, faults)
+    monitor = _monitors[inner] = Monitor(config.hooks, faults, opened.objects.url)
+    monitor.begin(Session(opened, (attempt, rank), target, config.hooks, monitor.phase_control, faults))
+    return monitor
+
+
+def _record(target: Target, options: MonitorOptions, run: Run, world_size: int) -> dict[str, Any]:
+    """What is worth knowing of this start of the trainer, months later.
+
+    Returns:
+        The attempt's record.
+    """
+    return {
+        "started_at": time.time(),
+        "command_line": sys.argv,
+        "pid": os.getpid(),
+        "process_started": process_started(os.getpid()),
+        "host": socket.gethostname(),
+        "user": _user(),
+        "world_size": world_size,
+        "versions": {
+            "entropy_monitor": __version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+        "model": type(target.model).__name__,
+        "num_parameters": sum(parameter.numel() for parameter in target.model.parameters()),
+        "layers": list(target.taps),
+        "steered_layers": list(target.steered) if options.steer else [],
+        "options": asdict(options),
+        "total_steps": options.total_steps,
+    }
+
+
+def _user() -> str | None:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user without a name
+        return None

@@ -1,0 +1,81 @@
+"""One reference-counted wrapper of `torch.autograd.backward`, shared by all monitors of the process.
+
+One patch sees `Tensor.backward`, GradScaler, Accelerate, Lightning and the Hugging Face Trainer. While it is on the
+stack, gradient hooks record and inject; `torch.autograd.grad` and other calls pass untouched.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+class BackwardListener(Protocol):
+    """Is told of every backward pass; must not raise."""
+
+    def before_backward(self, roots: tuple[torch.Tensor, ...], gradients: Any) -> None:
+        """A backward pass from `roots` is about to begin."""
+
+    def after_backward(self) -> None:
+        """The backward pass has ended, with or without an exception."""
+
+
+_lock = threading.Lock()
+_listeners: list[BackwardListener] = []
+_original: Callable[..., None] | None = None
+_depth = 0
+
+
+def listen(listener: BackwardListener) -> None:
+    """Tell a listener of every backward pass from now on."""
+    global _original
+    with _lock:
+        if not _listeners:
+            _original = torch.autograd.backward
+            torch.autograd.backward = _wrap(_original)
+        _listeners.append(listener)
+
+
+def unlisten(listener: BackwardListener) -> None:
+    """Stop telling it; the last one to leave restores the original function."""
+    global _original
+    with _lock:
+        if listener in _listeners:
+            _listeners.remove(listener)
+        # If somebody wrapped our wrapper, theirs stays: with no listener left, ours only passes calls on.
+        if not _listeners and _original is not None and getattr(torch.autograd.backward, "_entropy_monitor", False):
+            torch.autograd.backward = _original
+            _original = None
+
+
+def _wrap(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def backward(tensors: Any, grad_tensors: Any = None, *args: Any, **kwargs: Any) -> None:
+        global _depth
+        listeners = tuple(_listeners)
+        if not listeners:
+            return original(tensors, grad_tensors, *args, **kwargs)
+        roots = (tensors,) if isinstance(tensors, torch.Tensor) else tuple(tensors)
+        # A reentrant call (checkpointing) is a part of the outer pass, not one of its own.
+        outermost = _depth == 0
+        if outermost:
+            for listener in listeners:
+                listener.before_backward(roots, grad_tensors)
+        _depth += 1
+        try:
+            original(tensors, grad_tensors, *args, **kwargs)
+        finally:
+            _depth -= 1
+            if outermost:
+                for listener in listeners:
+                    listener.after_backward()
+        return None
+
+    backward._entropy_monitor = True  # type: ignore[attr-defined]
+    return backward

@@ -1,0 +1,42 @@
+"""What the hooks gather in one sampled step, still on the device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from entropy_hooks.tokens import PatchSample
+
+
+@dataclass(slots=True)
+class LinearSample:
+    """The last linear layer that wrote into a block's output, at the sampled tokens."""
+
+    module: torch.nn.Module
+    weight: torch.nn.Parameter
+    transposed: bool
+    """The weight is stored ``[d_in, d]`` (Hugging Face `Conv1D`)."""
+    inputs: torch.Tensor
+    """Shape ``[n, d_in]``."""
+    output_gradient: torch.Tensor | None = None
+    """Shape ``[n, d]``."""
+
+
+@dataclass(slots=True)
+class Capture:
+    """One forward and backward pass; a later micro-batch replaces it."""
+
+    sample: PatchSample | None = None
+    """Drawn at the first tapped layer; the same for all."""
+    too_short: bool = False
+    activations: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Layer to ``[n, d]``."""
+    gradients: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Layer to ``[n, d]``; filled in the backward pass."""
+    linears: dict[str, LinearSample] = field(default_factory=dict)
+    """Layer to the newest linear layer seen inside it."""
+    token_ids: torch.Tensor | None = None
+    """Shape ``[B, T]``: input of the embedding."""

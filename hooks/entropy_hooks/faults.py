@@ -1,0 +1,38 @@
+"""Faults: counted by kind, logged once each, never raised into training."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import Counter
+
+logger = logging.getLogger("entropy_hooks")
+
+
+class Faults:
+    """Counts what went wrong, from whichever thread saw it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._counts: Counter[str] = Counter()
+
+    def count(self, kind: str, detail: object, number: int = 1) -> None:
+        """Count a fault; the first of each kind is logged with its detail."""
+        with self._lock:
+            first = kind not in self._counts
+            self._counts[kind] += number
+        if first:
+            error = detail if isinstance(detail, BaseException) else None
+            described = f"{type(error).__name__}: {error}" if error is not None else str(detail)
+            logger.warning("%s: %s (training goes on; further ones are only counted)", kind, described)
+            if error is not None:
+                logger.debug("%s", kind, exc_info=error)
+
+    def snapshot(self) -> dict[str, int]:
+        """Counts by kind.
+
+        Returns:
+            A copy.
+        """
+        with self._lock:
+            return dict(self._counts)

@@ -1,0 +1,202 @@
+"""From one observed pass to a frame in the writer's queue."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from entropy_hooks.tokens import TOKEN_OFFSETS
+from entropy_hooks.weight_space import STATUS_NO_LINEAR, STATUS_STEERED, alignment_parts, undetermined_parts
+from entropy_hooks.writer import FrameJob
+from entropy_monitor.store import FrameData, FrameLayout, GroupLayout
+from entropy_monitor.types import PATCH_LENGTH
+
+if TYPE_CHECKING:
+    from entropy_hooks.capture import Capture
+    from entropy_hooks.faults import Faults
+    from entropy_hooks.host import Ring, Slot
+    from entropy_monitor.config import MonitorOptions
+
+
+@dataclass(slots=True)
+class ObservedPass:
+    """A captured pass with all that was computed of it on the device."""
+
+    capture: Capture
+    loss: torch.Tensor | None = None
+    gradient_scale: torch.Tensor | float = 1.0
+    """d(backward root)/d(loss), by which the recorded gradients are divided."""
+    grad_norm: torch.Tensor | None = None
+    contaminated: frozenset[str] = frozenset()
+    """Layers whose loss gradient holds steering terms: their alignment is undetermined."""
+    parts: dict[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
+    """Per layer ``[16, 3]``, see `types.AlignmentParts`."""
+    info: dict[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
+    """Per layer ``[4]``."""
+
+    def measure_weight_space(self, num_backwards: int) -> None:
+        """Reduce each layer's weight-space alignment, before the optimizer changes or clears the gradients.
+
+        Args:
+            num_backwards: micro-batches behind the accumulated gradients.
+        """
+        assert self.capture.sample is not None
+        batch_patches = self.capture.sample.num_batch_patches * max(1, num_backwards)
+        for layer, activation in self.capture.activations.items():
+            gradient = self.capture.gradients.get(layer)
+            if layer in self.contaminated:
+                reduced = undetermined_parts(STATUS_STEERED, activation.device)
+            elif gradient is None:
+                reduced = undetermined_parts(STATUS_NO_LINEAR, activation.device)
+            else:
+                reduced = alignment_parts(activation, gradient, self.capture.linears.get(layer), batch_patches)
+            self.parts[layer], self.info[layer] = reduced
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """What is known of a sampled step once the optimizer has stepped."""
+
+    attempt: int
+    step: int
+    phase: str
+    weight: float
+    wall_time_s: float
+    num_tokens_seen: int
+    lr: float
+
+
+@dataclass(slots=True)
+class _Transfer:
+    """Pairs of device tensors and host buffers."""
+
+    slot: Slot
+    pinned: bool
+    sources: list[torch.Tensor] = field(default_factory=list[torch.Tensor])
+    targets: list[torch.Tensor] = field(default_factory=list[torch.Tensor])
+
+    def add(self, name: str, source: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        target = self.slot.buffer(name, source.shape, dtype, pinned=self.pinned)
+        self.add_into(source, target)
+        return target
+
+    def add_into(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        self.sources.append(source)
+        self.targets.append(target)
+
+
+class FrameAssembler:
+    """Lays frames out, starts their copies, and says how to build them from the host's buffers."""
+
+    def __init__(self, options: MonitorOptions, ring: Ring, faults: Faults) -> None:
+        self._options, self._ring, self._faults = options, ring, faults
+
+    def assemble(self, observed: ObservedPass, record: StepRecord, slot: Slot) -> FrameJob:
+        """Start one frame on its way.
+
+        Args:
+            observed: the pass.
+            record: its step.
+            slot: a slot of the ring, released by the writer.
+
+        Returns:
+            The writer's job.
+        """
+        capture = observed.capture
+        assert capture.sample is not None
+        groups = _groups(capture, self._options.patches * PATCH_LENGTH)
+        with_alignment = bool(observed.parts)
+        layout = FrameLayout(
+            groups=groups,
+            gradients=self._options.gradients,
+            token_window=len(TOKEN_OFFSETS) if capture.token_ids is not None else 0,
+            alignment_layers=tuple(observed.parts) if with_alignment else (),
+        )
+        device = next(iter(capture.activations.values())).device
+        transfer = _Transfer(slot, pinned=device.type == "cuda")
+        blocks = [
+            self._add_group(transfer, f"g{index}", group, observed, layout.gradients)
+            for index, group in enumerate(groups)
+        ]
+        tokens = self._add_tokens(transfer, groups[0].num_tokens, capture) if layout.token_window else None
+        alignment = info = None
+        if with_alignment:
+            alignment = transfer.add("alignment", torch.stack(list(observed.parts.values())), torch.float32)
+            info = transfer.add("alignment_info", torch.stack(list(observed.info.values())), torch.float32)
+        nan = torch.full((), float("nan"), device=device)
+        figures = [nan if figure is None else figure.detach().float() for figure in (observed.loss, observed.grad_norm)]
+        scalars = transfer.add("scalars", torch.stack([figure.to(device) for figure in figures]), torch.float64)
+
+        def build() -> FrameData:
+            self._count_non_finite(blocks, record.step)
+            loss, grad_norm = scalars.tolist()
+            return FrameData(
+                attempt=record.attempt,
+                step=record.step,
+                phase=record.phase,
+                wall_time_s=record.wall_time_s,
+                num_patches=capture.sample.num_patches if capture.sample else 0,
+                num_tokens_seen=record.num_tokens_seen,
+                scalars={"loss": loss, "lr": record.lr, "grad_norm": grad_norm, "weight": record.weight},
+                groups=tuple(_bits(block) for block in blocks),
+                tokens=None if tokens is None else tokens.numpy(),
+                alignment=None if alignment is None else alignment.numpy(),
+                alignment_info=None if info is None else info.numpy(),
+            )
+
+        return FrameJob(layout, slot, self._ring.start_copy(transfer.sources, transfer.targets), build)
+
+    def _add_group(
+        self, transfer: _Transfer, name: str, group: GroupLayout, observed: ObservedPass, gradients: bool
+    ) -> torch.Tensor:
+        shape = (1 + gradients, len(group.layers), group.num_tokens, group.num_features)
+        block = transfer.slot.buffer(name, shape, torch.bfloat16, pinned=transfer.pinned)
+        num_tokens = len(next(iter(observed.capture.activations.values())))
+        block[:, :, num_tokens:] = 0
+        for index, layer in enumerate(group.layers):
+            transfer.add_into(observed.capture.activations[layer], block[0, index, :num_tokens])
+            if not gradients:
+                continue
+            gradient = observed.capture.gradients.get(layer)
+            if gradient is None or layer in observed.contaminated:
+                block[1, index] = float("nan")  # not the loss gradient: undetermined
+            else:
+                transfer.add_into(gradient / observed.gradient_scale, block[1, index, :num_tokens])
+        return block
+
+    def _add_tokens(self, transfer: _Transfer, num_tokens: int, capture: Capture) -> torch.Tensor:
+        target = transfer.slot.buffer("tokens", (num_tokens, len(TOKEN_OFFSETS)), torch.int32, pinned=transfer.pinned)
+        target.fill_(-1)
+        sample, ids = capture.sample, capture.token_ids
+        assert sample is not None
+        assert ids is not None
+        if self._options.token_dim == 0 and ids.dim() == 2:
+            ids = ids.T
+        if tuple(ids.shape) == (sample.num_sequences, sample.sequence_length):
+            windows = sample.token_windows(ids)
+            transfer.add_into(windows, target[: len(windows)])
+        else:
+            self._faults.count("other_tokens", f"token ids {tuple(ids.shape)} do not match the first tapped layer")
+        return target
+
+    def _count_non_finite(self, blocks: list[torch.Tensor], step: int) -> None:
+        if not all(bool(torch.isfinite(block[0]).all()) for block in blocks):
+            self._faults.count("non_finite", f"activations at step {step} hold NaN or infinity: undetermined there")
+
+
+def _groups(capture: Capture, num_tokens: int) -> tuple[GroupLayout, ...]:
+    by_width: dict[int, list[str]] = {}
+    for layer, activation in capture.activations.items():
+        by_width.setdefault(activation.shape[1], []).append(layer)
+    return tuple(
+        GroupLayout(layers=tuple(layers), num_tokens=num_tokens, num_features=width, dtype="bfloat16")
+        for width, layers in by_width.items()
+    )
+
+
+def _bits(block: torch.Tensor) -> Any:
+    return block.view(torch.int16).numpy().view(np.uint16)
+

@@ -1,0 +1,76 @@
+"""The loss and its scale, read off the graph below the backward root before the pass frees it.
+
+GradScaler and gradient accumulation multiply the loss by constants; what is recorded is the loss before them, and what
+steering adds is multiplied by them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+_MAX_DEPTH = 16  # scalar operations between a loss and its root; a longer chain is a model, not a scale
+
+
+@dataclass(frozen=True, slots=True)
+class LossReading:
+    """What one backward root says."""
+
+    loss: torch.Tensor | None
+    """The loss before its constant factors, 0-d and detached, on its device; None when the root is no scalar."""
+    scale: torch.Tensor | float
+    """d(root)/d(loss), times the gradient passed to ``backward``."""
+    ambiguous: bool
+    """Several loss terms are added: their common scale may differ from any one term's."""
+
+
+def read_loss(roots: tuple[torch.Tensor, ...], gradients: Any) -> LossReading:
+    """Walk from the root through multiplications and divisions by constants.
+
+    Args:
+        roots: tensors that ``backward`` was called with.
+        gradients: its ``grad_tensors``.
+
+    Returns:
+        The loss and its scale. Nothing is synchronised: both may live on the device.
+    """
+    root = roots[0]
+    if len(roots) != 1 or root.numel() != 1:
+        return LossReading(None, 1.0, ambiguous=True)
+    factor, ambiguous = _constant_factor(root.grad_fn)
+    value = root.detach().reshape(())
+    loss = value.clone() if isinstance(factor, float) and factor == 1.0 else value / factor
+    given = gradients[0] if isinstance(gradients, list | tuple) and gradients else gradients
+    scale = factor * given.detach().reshape(()) if isinstance(given, torch.Tensor) else factor
+    return LossReading(loss, scale, ambiguous)
+
+
+def _constant_factor(node: Any) -> tuple[torch.Tensor | float, bool]:
+    factor: torch.Tensor | float = 1.0
+    for _ in range(_MAX_DEPTH):
+        name = node.name() if node is not None else ""
+        if name not in {"MulBackward0", "DivBackward0", "AddBackward0", "SubBackward0"}:
+            break
+        branches = [parent for parent, _ in node.next_functions if parent is not None]
+        if len(branches) != 1:
+            return factor, name in {"AddBackward0", "SubBackward0"}
+        if name == "MulBackward0":
+            factor = factor * _constant(node, "_saved_other", "_saved_self")
+        elif name == "DivBackward0":
+            if node.next_functions[0][0] is None:  # constant / loss is no scaling
+                break
+            factor = factor / _constant(node, "_saved_other")
+        node = branches[0]
+    return factor, False
+
+
+def _constant(node: Any, *names: str) -> torch.Tensor | float:
+    for name in names:
+        saved = getattr(node, name, None)
+        if isinstance(saved, torch.Tensor):
+            return saved.detach().reshape(()) if saved.device.type != "cpu" else float(saved)
+        if isinstance(saved, int | float):
+            return float(saved)
+    return 1.0

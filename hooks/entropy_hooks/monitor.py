@@ -1,0 +1,152 @@
+"""What `attach` returns."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import weakref
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Self
+
+from entropy_hooks.phase import PhaseControl
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from types import TracebackType
+
+    from entropy_hooks.faults import Faults
+    from entropy_hooks.session import Session
+    from entropy_monitor.config import MonitorOptions
+    from entropy_monitor.types import Phase
+
+DETACH_TIMEOUT_S = 60.0
+EXIT_TIMEOUT_S = 5.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MonitorStats:
+    """What the hooks have done so far on this rank, in this attempt."""
+
+    enabled: bool
+    attempt: int
+    step: int
+    """The optimizer step under way."""
+    phase: Phase
+    weight: float
+    every: int
+    frames_committed: int
+    frames_dropped: int
+    frames_removed_unmeasured: int
+    overhead_percent: float | None
+    """Host time that hooks took on the training thread, percent of the wall time since the first step."""
+    faults: Mapping[str, int]
+
+
+class Monitor:
+    """Observes one model. A context manager: leaving it detaches."""
+
+    def __init__(self, options: MonitorOptions, faults: Faults, run_url: str | None = None) -> None:
+        self.options = options
+        self.run_url = run_url
+        """The run it writes to; None when disabled."""
+        self._faults = faults
+        self.phase_control = PhaseControl(faults)
+        self._session: Session | None = None
+        self._last_stats: MonitorStats | None = None
+
+    def __repr__(self) -> str:
+        return f"Monitor(run={self.run_url!r}, enabled={self.enabled}, step={self.stats().step})"
+
+    @property
+    def enabled(self) -> bool:
+        """Whether it observes: False after `detach`, when switched off, or when the store could not be opened."""
+        return self._session is not None
+
+    @property
+    def phase(self) -> Phase:
+        """The phase that governs the optimizer step under way."""
+        return self.phase_control.phase
+
+    def on_phase(self, callback: Callable[[Phase, float], None]) -> None:
+        """Call ``callback(phase, weight)`` at each change, between two optimizer steps, on the training thread."""
+        self.phase_control.add_callback(callback)
+
+    def stats(self) -> MonitorStats:
+        """Counts of this rank and attempt.
+
+        Returns:
+            The counts; after `detach`, the last ones.
+        """
+        session, faults = self._session, self._faults.snapshot()
+        if session is None:
+            last = self._last_stats or MonitorStats(
+                enabled=False,
+                attempt=0,
+                step=self.options.start_step,
+                phase=self.phase,
+                weight=self.phase_control.weight,
+                every=self.options.every,
+                frames_committed=0,
+                frames_dropped=0,
+                frames_removed_unmeasured=0,
+                overhead_percent=None,
+                faults=faults,
+            )
+            return replace(last, enabled=False, faults=faults)
+        return MonitorStats(
+            enabled=True,
+            attempt=session.attempt,
+            step=session.step,
+            phase=self.phase,
+            weight=self.phase_control.weight,
+            every=self.options.every,
+            frames_committed=session.writer.committed,
+            frames_dropped=session.writer.dropped,
+            frames_removed_unmeasured=session.writer.removed_unmeasured,
+            overhead_percent=session.meter.overhead_percent,
+            faults=faults,
+        )
+
+    def begin(self, session: Session) -> None:
+        """Start an attachment; `attach` calls this once."""
+        self._session = session
+        session.start()
+        atexit.register(self._close, EXIT_TIMEOUT_S)
+        _live.add(self)
+
+    def detach(self) -> None:
+        """Remove every hook, write what is queued and say goodbye; calling it again does nothing."""
+        self._close(DETACH_TIMEOUT_S)
+
+    def _close(self, timeout_s: float) -> None:
+        session = self._session
+        if session is None:
+            return
+        atexit.unregister(self._close)
+        session.close(timeout_s)
+        self._last_stats = self.stats()
+        self._session = None
+
+    def __enter__(self) -> Self:
+        """`attach` has done everything already.
+
+        Returns:
+            This monitor.
+        """
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Detach."""
+        self.detach()
+
+
+_live: weakref.WeakSet[Monitor] = weakref.WeakSet()
+
+
+def _leave_to_parent() -> None:
+    for monitor in list(_live):
+        monitor._close(0.0)
+
+
+# A forked child (a DataLoader worker) has the hooks but none of the threads.
+os.register_at_fork(after_in_child=_leave_to_parent)

@@ -1,0 +1,265 @@
+"""Forward and gradient hooks of one model: what is gathered in the observed pass, and where steering is added.
+
+A hook costs one flag test on a step that is neither sampled nor steered, never raises, never synchronises a device and
+never touches the global random state.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from entropy_hooks import backward
+from entropy_hooks.capture import Capture, LinearSample
+from entropy_hooks.loss import LossReading, read_loss
+from entropy_hooks.micro_batches import MicroBatches
+from entropy_hooks.steering import Injector
+from entropy_hooks.taps import first_embedding, first_tensor
+from entropy_hooks.tokens import PatchSample, axes_of, draw_patches
+from entropy_hooks.weight_space import writes_features
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from torch import nn
+    from torch.utils.hooks import RemovableHandle
+
+    from entropy_hooks.faults import Faults
+    from entropy_hooks.meter import Meter
+    from entropy_hooks.tokens import TokenAxes
+    from entropy_monitor.config import MonitorOptions
+
+
+class Observer:
+    """Hooks on one model; `Monitor` tells it which steps to sample and whether to steer."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        taps: Mapping[str, nn.Module],
+        steered: tuple[str, ...],
+        options: MonitorOptions,
+        faults: Faults,
+        meter: Meter,
+    ) -> None:
+        self._options, self._faults, self._meter = options, faults, meter
+        self._generator = torch.Generator().manual_seed(int.from_bytes(os.urandom(7), "little"))
+        self._injectors = {name: Injector(self._injection_scale, faults.count) for name in steered}
+        self.passes = MicroBatches()
+        self.sampling = False
+        """This step is sampled."""
+        self.weight = 0.0
+        """Weight of the MBE in force; 0 while the phase is memorize."""
+        self.capture: Capture | None = None
+        """The newest observed pass of this step."""
+        self.loss: LossReading | None = None
+        """Of the newest backward pass."""
+        self.num_tokens = 0
+        """Tokens of the forward passes since the last optimizer step; 0 without an embedding."""
+        self._hooked: set[str] = set()
+        self._running: dict[str, dict[int, tuple[nn.Module, torch.Tensor, torch.Tensor]]] = {}
+        self._handles: list[RemovableHandle] = []
+        self._linear_handles: dict[tuple[str, nn.Module], RemovableHandle] = {}
+        self._install(model, taps)
+        backward.listen(self)
+
+    # ---- installation ------------------------------------------------------------------------------------------------
+
+    def _install(self, model: nn.Module, taps: Mapping[str, nn.Module]) -> None:
+        add = self._handles.append
+        add(model.register_forward_pre_hook(self._guard(self._enter_forward, always=True)))
+        add(model.register_forward_hook(self._guard(self._leave_forward, always=True), always_call=True))
+        embedding = first_embedding(model)
+        if embedding is not None:
+            add(embedding.register_forward_pre_hook(self._guard(self._see_tokens, always=True)))
+        for name, module in taps.items():
+            add(module.register_forward_hook(self._guard(functools.partial(self._see_output, name))))
+            if self._options.gradients and self._options.weight_alignment:
+                for inner in module.modules():
+                    if writes_features(inner) is not None:
+                        hook = self._guard(functools.partial(self._see_linear, name))
+                        self._linear_handles[name, inner] = inner.register_forward_hook(hook)
+
+    def remove(self) -> None:
+        """Take every hook away; the model's dictionaries are as they were."""
+        backward.unlisten(self)
+        for handle in (*self._handles, *self._linear_handles.values()):
+            handle.remove()
+        self._handles.clear()
+        self._linear_handles.clear()
+        self.capture = None
+
+    def _guard(self, hook: Callable[..., None], *, always: bool = False) -> Callable[..., None]:
+        """Count a hook's time and its exceptions: neither may reach the training job.
+
+        Returns:
+            The hook, which does nothing on a step that is neither sampled nor steered unless `always`.
+        """
+
+        def guarded(*args: Any) -> None:
+            if always or self.sampling or self.weight:
+                with self._meter:
+                    try:
+                        hook(*args)
+                    except Exception as error:
+                        self._faults.count("hook_error", error)
+
+        return guarded
+
+    # ---- passes ------------------------------------------------------------------------------------------------------
+
+    def _enter_forward(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if not torch.is_grad_enabled():
+            return  # evaluation
+        self.passes.enter_forward()
+        self._hooked.clear()
+        self._running.clear()
+        if self.sampling and self.passes.is_last():
+            self.capture = Capture()
+
+    def _leave_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self.passes.leave_forward()
+
+    def before_backward(self, roots: tuple[torch.Tensor, ...], gradients: Any) -> None:
+        """A backward pass from `roots` begins; see `backward.BackwardListener`."""
+        with self._meter:
+            try:
+                if self.passes.enter_backward():
+                    self.loss = read_loss(roots, gradients)
+            except Exception as error:
+                self._faults.count("hook_error", error)
+
+    def after_backward(self) -> None:
+        """The backward pass has ended."""
+        self.passes.leave_backward()
+
+    def end_step(self) -> int:
+        """Forget the step that has ended.
+
+        Returns:
+            Backward passes that led to it.
+        """
+        if self.capture is not None and self.capture.linears:
+            self._keep_only_last_linears(self.capture)
+        self.capture, self.loss, self.num_tokens = None, None, 0
+        return self.passes.step()
+
+    def _keep_only_last_linears(self, capture: Capture) -> None:
+        """After the first observed pass it is known which linear layer writes into each block: unhook the others."""
+        last = {(name, linear.module) for name, linear in capture.linears.items()}
+        for key in [key for key in self._linear_handles if key not in last]:
+            self._linear_handles.pop(key).remove()
+
+    # ---- observation -------------------------------------------------------------------------------------------------
+
+    def _capturing(self) -> Capture | None:
+        return self.capture if self.sampling and self.passes.in_forward and self.passes.is_last() else None
+
+    def _see_tokens(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if self.passes.in_forward and args and isinstance(args[0], torch.Tensor):
+            self.num_tokens += args[0].numel()
+            if (capture := self._capturing()) is not None and capture.token_ids is None:
+                capture.token_ids = args[0].detach()
+
+    def _see_linear(self, layer: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self._capturing() is not None and isinstance(output, torch.Tensor) and isinstance(args[0], torch.Tensor):
+            self._running.setdefault(layer, {})[output.shape[-1]] = (module, args[0].detach(), output)
+
+    def _see_output(self, layer: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        z = first_tensor(output)
+        recomputed = not self.passes.in_forward and self.passes.in_backward
+        if z is None or not (self.passes.in_forward or recomputed):
+            return
+        axes = axes_of(module, z, self._options.token_dim)
+        if axes is None or not z.is_floating_point():
+            if self.capture is not None:
+                self._faults.count("no_tokens", f"{layer}: expected [B, T, d]; found {z.dtype} {list(z.shape)}")
+            return
+        if not recomputed:
+            self._sample_activation(layer, z, axes)
+        # Reentrant checkpointing runs the forward without gradients and hooks count only when it is run again; the
+        # other kind has been hooked before, and its second run is not looked at.
+        if z.requires_grad and not (recomputed and layer in self._hooked):
+            self._hooked.add(layer)
+            self._hook_gradient(layer, z, axes)
+            if self.weight and layer in self._injectors:
+                self._injectors[layer].attach_to(z, axes)
+
+    def _sample_activation(self, layer: str, z: torch.Tensor, axes: TokenAxes) -> None:
+        capture = self._capturing()
+        if capture is None or capture.too_short:
+            return
+        sequences = axes.sequences(z.detach())
+        if capture.sample is None:
+            capture.sample = draw_patches(*sequences.shape[:2], self._options.patches, self._generator, z.device)
+        if capture.sample is None:
+            capture.too_short = True
+            self._faults.count("batch_too_short", f"expected 8 tokens or more; found {sequences.shape[1]} in {layer}")
+            return
+        if not _fits(capture.sample, sequences):
+            self._faults.count("other_tokens", f"{layer} has other tokens than the first tapped layer: left out")
+            return
+        capture.activations[layer] = capture.sample.select(sequences)
+        self._sample_linear(capture, layer, z, axes)
+
+    def _sample_linear(self, capture: Capture, layer: str, z: torch.Tensor, axes: TokenAxes) -> None:
+        candidate = self._running.pop(layer, {}).get(z.shape[-1])
+        if candidate is None or capture.sample is None:
+            return
+        module, inputs, output = candidate
+        recognised = writes_features(module)
+        if recognised is None or output.shape != z.shape or not _fits(capture.sample, axes.sequences(inputs)):
+            return
+        weight, _, transposed = recognised
+        linear = LinearSample(module, weight, transposed, capture.sample.select(axes.sequences(inputs)))
+        capture.linears[layer] = linear
+        if output.requires_grad:
+            output.register_hook(self._recorder(capture, axes, functools.partial(setattr, linear, "output_gradient")))
+
+    def _hook_gradient(self, layer: str, z: torch.Tensor, axes: TokenAxes) -> None:
+        capture = self.capture
+        if not self._options.gradients or capture is None or layer not in capture.activations:
+            return
+        sampled = capture.activations[layer]
+
+        def store(gradient: torch.Tensor) -> None:
+            if capture.activations[layer] is sampled:  # a layer that runs twice is observed in its last run
+                capture.gradients[layer] = gradient
+
+        z.register_hook(self._recorder(capture, axes, store))
+
+    def _recorder(
+        self, capture: Capture, axes: TokenAxes, store: Callable[[torch.Tensor], None]
+    ) -> Callable[[torch.Tensor], None]:
+        def record(gradient: torch.Tensor) -> None:
+            if capture is not self.capture or not self.passes.in_backward or capture.sample is None:
+                return  # `torch.autograd.grad`, or the graph of an older pass
+            with self._meter:
+                try:
+                    store(capture.sample.select(axes.sequences(gradient.detach())))
+                except Exception as error:
+                    self._faults.count("hook_error", error)
+
+        return record
+
+    # ---- steering ----------------------------------------------------------------------------------------------------
+
+    def _injection_scale(self) -> torch.Tensor | float | None:
+        """``weight / steered layers``, times d(root)/d(loss); None when nothing may be added to this pass.
+
+        Returns:
+            The factor of each steered layer's MBE gradient.
+        """
+        if not self.passes.in_backward or self.loss is None or not self.weight:
+            return None
+        if self.loss.ambiguous and self._options.loss_scale is None:
+            self._faults.count("loss_scale_ambiguous", "several loss terms: give attach(loss_scale=) to steer this job")
+            return None
+        return self.loss.scale * ((self._options.loss_scale or 1.0) * self.weight / len(self._injectors))
+
+
+def _fits(sample: PatchSample, sequences: torch.Tensor) -> bool:
+    return sequences.dim() == 3 and sequences.shape[:2] == (sample.num_sequences, sample.sequence_length)

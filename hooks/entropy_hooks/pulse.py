@@ -1,0 +1,144 @@
+"""The pulse thread: heartbeats once a second, commands fifty times a second.
+
+It reads and judges commands; those that may be applied wait in a deque for the next optimizer-step boundary, which is
+where the training thread takes them.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from entropy_monitor.store import (
+    PERIOD_S,
+    acknowledge,
+    acknowledged_numbers,
+    last_command,
+    parse_command,
+    read_command_bytes,
+    refusal,
+    write_heartbeat,
+)
+from entropy_monitor.types import Acknowledgement
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from entropy_hooks.faults import Faults
+    from entropy_monitor.store import Run
+    from entropy_monitor.types import AckStatus, Command
+
+COMMAND_PERIOD_S = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """A command that may be applied at the next step boundary."""
+
+    number: int
+    command: Command
+
+
+class Pulse:
+    """Owns the pulse thread of one rank."""
+
+    def __init__(
+        self,
+        run: Run,
+        rank: int,
+        *,
+        steer: bool,
+        fields: Callable[[], Mapping[str, Any]],
+        faults: Faults,
+    ) -> None:
+        self._objects, self._run_id, self._rank = run.objects, run.run_id, rank
+        self._steer, self._fields, self._faults = steer, fields, faults
+        self._key = os.environ.get("ENTROPY_MONITOR_KEY")
+        self._stop = threading.Event()
+        self._answered: set[int] | None = None
+        self._next = 1
+        self.pending: deque[Pending] = deque()
+        """Commands for the training thread, oldest first."""
+        self._thread = threading.Thread(target=self._work, name="entropy-pulse", daemon=True)
+
+    def start(self) -> None:
+        """Write the first heartbeat and start the thread."""
+        self._beat()
+        self._thread.start()
+
+    def stop(self, timeout_s: float) -> None:
+        """End the thread and write the last heartbeat."""
+        self._stop.set()
+        self._thread.join(timeout_s)
+        self._beat()
+
+    def answer(self, number: int, status: AckStatus, step: int, detail: str) -> bool:
+        """Acknowledge a command.
+
+        Returns:
+            Whether this answer counts: False when the rank has answered before, or when the answer cannot be stored.
+            In both cases the command must not be applied.
+        """
+        ack = Acknowledgement(command_id=f"{number:08d}", rank=self._rank, step=step, status=status, detail=detail)
+        try:
+            return acknowledge(self._objects, number, ack)
+        except OSError as error:
+            self._faults.count("acknowledgement_failed", error)
+            return False
+
+    def _work(self) -> None:
+        next_beat = time.monotonic() + PERIOD_S
+        while not self._stop.wait(COMMAND_PERIOD_S):
+            try:
+                due = time.monotonic() >= next_beat
+                self._read_commands(look_for_gaps=due)
+                if due:
+                    self._beat()
+                    next_beat = time.monotonic() + PERIOD_S
+            except Exception as error:  # the next round tries again
+                self._faults.count("pulse_failed", error)
+                self._stop.wait(PERIOD_S)
+
+    def _beat(self) -> None:
+        try:
+            write_heartbeat(self._objects, f"r{self._rank:05d}", self._fields())
+        except OSError as error:
+            self._faults.count("heartbeat_failed", error)
+
+    def _read_commands(self, *, look_for_gaps: bool) -> None:
+        if self._answered is None:
+            self._answered = acknowledged_numbers(self._objects, self._rank)
+        while True:
+            value = read_command_bytes(self._objects, self._next)
+            if value is None and look_for_gaps and last_command(self._objects) > self._next:
+                # Others stand behind it: it came in this instant, or somebody deleted it.
+                value = read_command_bytes(self._objects, self._next)
+            elif value is None:
+                return
+            if value is not None and self._next not in self._answered:
+                self._judge(self._next, value)
+            self._next += 1
+
+    def _judge(self, number: int, value: bytes) -> None:
+        step = int(self._fields()["step"])
+        try:
+            command = parse_command(value)
+        except ValueError as error:
+            self._faults.count("malformed_command", error)
+            self.answer(number, "rejected", step, str(error))
+            return
+        refused = refusal(command, number, self._run_id, self._key, time.time())
+        if refused is not None:
+            status, detail = refused
+            if status == "rejected":
+                self._faults.count("rejected_command", detail)
+            self.answer(number, status, step, detail)
+        elif not self._steer:
+            self.answer(number, "rejected", step, "observe-only: start the trainer with steer=True to allow commands")
+        else:
+            self.pending.append(Pending(number, command))
+

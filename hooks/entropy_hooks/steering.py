@@ -1,0 +1,72 @@
+"""Steering: the gradient of ``weight x MBE`` is added to an activation's gradient; the user's loss stays untouched.
+
+A tensor hook rather than an autograd function: a function's output is a view, and a model that writes into its block's
+output in place (``x += f(x)``) would make autograd raise into the user's training.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from entropy_monitor.estimators import patch_matrix_entropy_gradient
+from entropy_monitor.types import PATCH_LENGTH
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import torch
+
+    from entropy_hooks.tokens import TokenAxes
+
+
+class Injector:
+    """Adds to one tapped layer's gradients while the phase is compress."""
+
+    def __init__(
+        self, scale: Callable[[], torch.Tensor | float | None], on_fault: Callable[[str, object], None]
+    ) -> None:
+        self._scale, self._on_fault = scale, on_fault
+        self._early = False
+        """Compute the gradient in the forward pass, because the model overwrites its activations."""
+
+    def attach_to(self, z: torch.Tensor, axes: TokenAxes) -> None:
+        """Add ``scale x dMBE/dz`` to the gradient of `z` in the coming backward pass.
+
+        Args:
+            z: the layer's output, which requires a gradient.
+            axes: where its tokens lie.
+        """
+        seen, version = z.detach(), z._version
+        early = batch_entropy_gradient(seen, axes) if self._early else None
+
+        def add(gradient: torch.Tensor) -> torch.Tensor | None:
+            try:
+                scale = self._scale()
+                if scale is None:
+                    return None
+                if early is None and seen._version != version:
+                    self._early = True
+                    self._on_fault("modified_in_place", "the model overwrites a steered activation: this pass unsteered")
+                    return None
+                addition = batch_entropy_gradient(seen, axes) if early is None else early
+                return gradient + (scale * addition).to(gradient.dtype)
+            except Exception as error:  # counted and logged by on_fault; training goes on
+                self._on_fault("steering_failed", error)
+                return None
+
+        z.register_hook(add)
+
+
+def batch_entropy_gradient(z: torch.Tensor, axes: TokenAxes) -> torch.Tensor:
+    """Gradient of the row-normalised patch MBE, averaged over all whole patches of a batch (arXiv 2505.08727).
+
+    Args:
+        z: activations, laid out as `axes` says.
+        axes: where the tokens lie.
+
+    Returns:
+        The gradient in the shape of `z`; zero in the incomplete last patch of each sequence.
+    """
+    sequences = axes.sequences(z)  # Shape [B, T, d]
+    gradient = patch_matrix_entropy_gradient(sequences, patch=PATCH_LENGTH, normalize=True)
+    return axes.restore(gradient / sequences.shape[0], z)

@@ -1,0 +1,120 @@
+"""Which modules are observed."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The user's module inside DistributedDataParallel, FSDP and `torch.compile`.
+
+    Returns:
+        The innermost module.
+    """
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and type(model).__name__ in {"DistributedDataParallel", "DataParallel", "FullyShardedDataParallel"}:
+            inner = getattr(model, "module", None)
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+def find_taps(model: nn.Module, layers: Sequence[str] | None) -> dict[str, nn.Module]:
+    """Choose the modules whose outputs are observed.
+
+    Args:
+        model: the unwrapped model.
+        layers: names or globs; None takes the residual blocks (the longest `ModuleList` of one class), else recurrent
+            modules, else the top-level children.
+
+    Returns:
+        Name to module, in model order.
+
+    Raises:
+        ValueError: a name or glob matches nothing, or the model has no submodules.
+    """
+    if layers is not None:
+        return _matching(model, layers)
+    blocks = _residual_blocks(model)
+    if blocks:
+        return blocks
+    recurrent = {name: module for name, module in model.named_modules() if isinstance(module, nn.RNNBase)}
+    taps = recurrent or dict(model.named_children())
+    if not taps:
+        raise ValueError(
+            f"expected a model with submodules to observe; found {type(model).__name__} without any: give its parent"
+        )
+    return taps
+
+
+def _residual_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    longest: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        same_class = isinstance(module, nn.ModuleList) and len({type(child) for child in module}) == 1
+        if same_class and len(module) > max(1, len(longest)):  # type: ignore[arg-type]
+            longest = {f"{name}.{index}": child for index, child in enumerate(module)}  # type: ignore[arg-type]
+    return longest
+
+
+def _matching(model: nn.Module, layers: Sequence[str]) -> dict[str, nn.Module]:
+    modules = {name: module for name, module in model.named_modules() if name}
+    chosen = {name for pattern in layers for name in modules if fnmatchcase(name, pattern)}
+    missing = [pattern for pattern in layers if not any(fnmatchcase(name, pattern) for name in modules)]
+    if missing or not chosen:
+        names = ", ".join(list(modules)[:12])
+        raise ValueError(f"expected layers named like {', '.join(missing) or 'a module'}; found only {names}, ...")
+    return {name: module for name, module in modules.items() if name in chosen}
+
+
+def steered_layers(taps: Sequence[str], chosen: Sequence[str] | None) -> tuple[str, ...]:
+    """The tapped layers that are steered: indices ``L//4 .. L-1-L//4`` unless chosen by name.
+
+    Args:
+        taps: names of the tapped layers, in model order.
+        chosen: names or globs among them, or None.
+
+    Returns:
+        Their names.
+
+    Raises:
+        ValueError: nothing matches.
+    """
+    if chosen is None:
+        quarter = len(taps) // 4
+        return tuple(taps[quarter : len(taps) - quarter])
+    names = tuple(name for name in taps if any(fnmatchcase(name, pattern) for pattern in chosen))
+    if not names:
+        raise ValueError(f"expected steer_layers among {', '.join(taps)}; found {', '.join(chosen)}: correct the names")
+    return names
+
+
+def first_tensor(output: Any) -> torch.Tensor | None:
+    """The activation in a module's output: the tensor itself, or the first one of a tuple, list or mapping.
+
+    Returns:
+        The tensor, or None.
+    """
+    if isinstance(output, torch.Tensor):
+        return output
+    if isinstance(output, dict):
+        output = list(output.values())
+    if isinstance(output, tuple | list) and output and isinstance(output[0], torch.Tensor):
+        return output[0]
+    return None
+
+
+def first_embedding(model: nn.Module) -> nn.Embedding | None:
+    """The module whose input is the token ids.
+
+    Returns:
+        The first `nn.Embedding`, or None.
+    """
+    return next((module for module in model.modules() if isinstance(module, nn.Embedding)), None)

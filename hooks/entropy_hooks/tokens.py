@@ -1,0 +1,154 @@
+"""What a token is in an activation, and which tokens a step samples.
+
+============================  ==========================================================
+activation                    tokens
+============================  ==========================================================
+``[B, T, d]``                 T positions of B sequences (``[T, B, d]`` with token_dim 0)
+``[N, d]``                    N rows, taken as one sequence
+``[B, C, H, W]``, ``[B,C,L]`` spatial positions of a convolution, row-major, C features
+============================  ==========================================================
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from entropy_monitor.types import PATCH_LENGTH
+
+TOKEN_OFFSETS = (-2, -1, 0, 1, 2, 3)
+"""Token ids kept around each sampled position: the input 3-gram that ends there, the output 3-gram that follows."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenAxes:
+    """Where an activation has its sequences, tokens and features."""
+
+    token_dim: int = 1
+    channels_first: bool = False
+
+    def sequences(self, z: torch.Tensor) -> torch.Tensor:
+        """View an activation as sequences.
+
+        Returns:
+            A tensor ``[B, T, d]``.
+        """
+        if self.channels_first:
+            return z.flatten(2).transpose(1, 2)
+        if z.dim() == 2:
+            return z.unsqueeze(0)
+        return z.transpose(0, 1) if self.token_dim == 0 else z
+
+    def restore(self, sequences: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        """The inverse of `sequences`.
+
+        Returns:
+            A tensor of the shape of `like`.
+        """
+        if self.channels_first:
+            return sequences.transpose(1, 2).reshape(like.shape)
+        if like.dim() == 2:
+            return sequences.squeeze(0)
+        return sequences.transpose(0, 1) if self.token_dim == 0 else sequences
+
+
+def axes_of(module: nn.Module, z: torch.Tensor, token_dim: int | None) -> TokenAxes | None:
+    """Find the axes of a module's output.
+
+    Args:
+        module: the tapped module.
+        z: its output.
+        token_dim: the user's choice, or None.
+
+    Returns:
+        The axes, or None when the output has no tokens that we know of.
+    """
+    convolution = isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) or z.dim() in (4, 5)
+    if convolution and z.dim() >= 3:
+        return TokenAxes(channels_first=True)
+    if z.dim() not in (2, 3):
+        return None
+    if token_dim is None:
+        token_dim = 1 if getattr(module, "batch_first", True) else 0
+    return TokenAxes(token_dim=token_dim)
+
+
+@dataclass(frozen=True, slots=True)
+class PatchSample:
+    """The tokens that one frame holds, the same in every layer."""
+
+    num_sequences: int
+    sequence_length: int
+    sequence: torch.Tensor
+    """Shape ``[n]``, on the device: which sequence."""
+    position: torch.Tensor
+    """Shape ``[n]``: where in it."""
+    num_patches: int
+
+    @property
+    def num_batch_patches(self) -> int:
+        """Whole patches in the batch."""
+        return self.num_sequences * (self.sequence_length // PATCH_LENGTH)
+
+    def select(self, sequences: torch.Tensor) -> torch.Tensor:
+        """Gather the sampled tokens.
+
+        Args:
+            sequences: shape ``[B, T, d]``.
+
+        Returns:
+            A new tensor ``[n, d]``.
+        """
+        if sequences.is_contiguous():
+            flat = self.sequence * self.sequence_length + self.position
+            return sequences.view(-1, sequences.shape[-1]).index_select(0, flat)
+        return sequences[self.sequence, self.position]
+
+    def token_windows(self, ids: torch.Tensor) -> torch.Tensor:
+        """Token ids around each position; -1 beyond the sequence.
+
+        Args:
+            ids: shape ``[B, T]``, integers.
+
+        Returns:
+            A tensor ``[n, 6]``, int32, for the offsets of `TOKEN_OFFSETS`.
+        """
+        offsets = torch.arange(TOKEN_OFFSETS[0], TOKEN_OFFSETS[-1] + 1, device=ids.device)
+        positions = self.position[:, None] + offsets
+        inside = (positions >= 0) & (positions < self.sequence_length)
+        windows = ids[self.sequence[:, None], positions.clamp(0, self.sequence_length - 1)]
+        return torch.where(inside, windows, -1).to(torch.int32)
+
+
+def draw_patches(
+    num_sequences: int, sequence_length: int, patches: int, generator: torch.Generator, device: torch.device
+) -> PatchSample | None:
+    """Draw whole patches without replacement, from different sequences as far as there are enough.
+
+    Args:
+        num_sequences: sequences in the batch.
+        sequence_length: tokens in each.
+        patches: how many to draw; all of them when the batch has fewer.
+        generator: a private one on the CPU; the training job's own randomness is never touched.
+        device: where the activations are; the indices are copied there once.
+
+    Returns:
+        The sample, or None when the sequences are shorter than a patch.
+    """
+    per_sequence = sequence_length // PATCH_LENGTH
+    if per_sequence == 0 or num_sequences == 0:
+        return None
+    # Column k holds each sequence's k-th patch in its own random order: reading column by column takes one patch of
+    # every sequence before any sequence gives a second one.
+    order = torch.rand(num_sequences, per_sequence, generator=generator).argsort(dim=1)
+    shuffled = torch.randperm(num_sequences, generator=generator)
+    starts = order[shuffled].T.reshape(-1)[:patches] * PATCH_LENGTH
+    sequence = shuffled.repeat(per_sequence)[: len(starts)]
+    position = (starts[:, None] + torch.arange(PATCH_LENGTH)).reshape(-1)
+    both = torch.stack([sequence.repeat_interleave(PATCH_LENGTH), position])
+    if device.type == "cuda":
+        both = both.pin_memory()  # from pageable memory the copy would wait for the device
+    both = both.to(device, non_blocking=True)
+    return PatchSample(num_sequences, sequence_length, both[0], both[1], len(starts))
