@@ -118,11 +118,18 @@ def load_config(
     variables = os.environ if environment is None else environment
     tables = _read_toml(path or Path("monitor.toml"), must_exist=path is not None)
     return MonitorConfig(
-        run=os.fspath(run) if run is not None else variables.get(f"{ENVIRONMENT_PREFIX}RUN") or tables.get("run"),
+        run=_run_of(run, variables, tables),
         hooks=_merge(MonitorOptions, tables.get("hooks", {}), variables, hooks or {}),
         watch=_merge(WatchOptions, tables.get("watch", {}), variables, _present(watch or {})),
         gapt=dict(tables.get("gapt", {})),
     )
+
+
+def _run_of(run: object, variables: Mapping[str, str], tables: Mapping[str, Any]) -> str | None:
+    chosen = run if run is not None else variables.get(f"{ENVIRONMENT_PREFIX}RUN") or tables.get("run")
+    if chosen is not None and not isinstance(chosen, str | os.PathLike):
+        raise ConfigError(f"expected run to be a path; found {chosen!r}: name a directory")
+    return None if chosen is None else str(os.fspath(chosen))
 
 
 def _merge(kind: type[Any], table: Mapping[str, Any], variables: Mapping[str, str], given: Mapping[str, Any]) -> Any:
@@ -132,15 +139,28 @@ def _merge(kind: type[Any], table: Mapping[str, Any], variables: Mapping[str, st
         for name, annotation in known.items()
         if (value := variables.get(f"{ENVIRONMENT_PREFIX}{name.upper()}")) is not None
     }
-    merged = {**table, **from_environment, **given}
-    if unknown := sorted(set(merged) - set(known)):
-        raise ConfigError(f"expected options among {', '.join(known)}; found {', '.join(unknown)}: correct the name")
-    checked = {name: _typed(name, value, str(known[name])) for name, value in merged.items()}
-    return kind(**checked)
+    merged: dict[str, Any] = {}
+    for source, values in (("file", table), ("environment", from_environment), ("call", given)):
+        if unknown := sorted(set(values) - set(known)):
+            raise ConfigError(
+                f"expected options among {', '.join(known)}; found {', '.join(unknown)} (from the {source}): "
+                "correct the name"
+            )
+        merged |= {
+            name: _typed(f"{name} (from the {source})", value, str(known[name])) for name, value in values.items()
+        }
+    return kind(**merged)
 
 
 def _typed(name: str, value: Any, annotation: str) -> Any:
-    """Check a value against the annotation, where TOML and callers may be loose."""
+    """Check a value against the annotation, where TOML and callers may be loose.
+
+    Returns:
+        The value, lists as tuples and whole numbers as floats where those are wanted.
+
+    Raises:
+        ConfigError: it has another type.
+    """
     if annotation.startswith("tuple") and isinstance(value, list | tuple | str):
         value = (value,) if isinstance(value, str) else tuple(value)
         if all(isinstance(entry, str) for entry in value):
@@ -185,6 +205,9 @@ def _read_toml(path: Path, *, must_exist: bool) -> dict[str, Any]:
         raise ConfigError(f"expected a readable TOML file at {path}; {error}") from error
     if unknown := sorted(set(tables) - {"run", *_TABLES}):
         raise ConfigError(f"expected run and tables {', '.join(_TABLES)} in {path}; found {', '.join(unknown)}")
+    for name in _TABLES:
+        if not isinstance(tables.get(name, {}), dict):
+            raise ConfigError(f"expected a table [{name}] in {path}; found {name} = {tables[name]!r}: make it one")
     return tables
 
 

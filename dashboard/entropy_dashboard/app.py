@@ -34,7 +34,7 @@ def main() -> None:
 
 
 def _address() -> dict[str, str]:  # what stays when the page changes
-    return {"run": st.query_params["run"]} if "run" in st.query_params else {}
+    return {name: st.query_params[name] for name in ("run", "from", "to") if name in st.query_params}
 
 
 def _pick_run() -> None:
@@ -54,5 +54,7 @@ def _pick_run() -> None:
 
 def _follow_picker() -> None:
     st.query_params["run"] = st.session_state["run_picker"]
-    for key in ("confirming", "chosen_layers"):
+    for name in ("from", "to", "layer"):
+        st.query_params.pop(name, None)
+    for key in ("confirming", "chosen_layers", "window"):
         st.session_state.pop(key, None)

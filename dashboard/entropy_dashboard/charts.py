@@ -20,17 +20,19 @@ _AXIS_WIDTH: dict[str, Any] = {"minExtent": 40, "maxExtent": 40}
 """Equal on all charts, so that their x axes line up."""
 
 
+_UNSEEN = 0.001
+"""Opacity of marks that only catch the pointer: at 0 they would not."""
+
+
 def _data(name: str) -> alt.NamedData:
     return alt.NamedData(name=name)
 
 
-def _step_axis(*, labels: bool = True) -> alt.X:
-    axis = (
-        alt.Axis(format="~s", grid=False, labelFlush=True)
-        if labels
-        else alt.Axis(labels=False, ticks=False, grid=False)
-    )
-    return alt.X("step:Q", title="step" if labels else None, scale=alt.Scale(nice=False, zero=False), axis=axis)
+def _step_axis(*, labels: bool = True, title: str | None = "step") -> alt.X:
+    axis = alt.Axis(format="~s", grid=False, labelFlush=True)
+    if not labels:
+        axis, title = alt.Axis(labels=False, ticks=False, grid=False), None
+    return alt.X("step:Q", title=title, scale=alt.Scale(nice=False, zero=False), axis=axis)
 
 
 def _background(palette: Palette) -> Any:
@@ -68,10 +70,14 @@ def loss(theme: Theme) -> dict[str, Any]:
     y_axis = alt.Axis(tickCount=5, **_AXIS_WIDTH)
     spread = (
         alt.Chart(_data("ce"))
-        .mark_area(opacity=0.28, color=palette.spread, clip=True)
+        .mark_area(opacity=0.28, color=palette.spread, clip=True, tooltip=None)
         .encode(x=x, y=alt.Y("low:Q", title="CE loss (nats)", scale=alt.Scale(zero=False), axis=y_axis), y2="high:Q")
     )
-    line = alt.Chart(_data("ce")).mark_line(color=palette.line, strokeWidth=1.6, clip=True).encode(x=x, y="mean:Q")
+    line = (
+        alt.Chart(_data("ce"))
+        .mark_line(color=palette.line, strokeWidth=1.6, clip=True, tooltip=None)
+        .encode(x=x, y="mean:Q")
+    )
     hover = _hover(
         "ce",
         [
@@ -112,11 +118,13 @@ def entropy(theme: Theme) -> dict[str, Any]:
     y = alt.Y("q10:Q", title="MBE (nats)", scale=alt.Scale(zero=False), axis=alt.Axis(tickCount=5, **_AXIS_WIDTH))
     ribbon = (
         alt.Chart(_data("entropy"))
-        .mark_area(opacity=0.26, color=palette.entropy, clip=True)
+        .mark_area(opacity=0.26, color=palette.entropy, clip=True, tooltip=None)
         .encode(x=x, y=y, y2="q90:Q")
     )
     median = (
-        alt.Chart(_data("entropy")).mark_line(color=palette.entropy, strokeWidth=2.4, clip=True).encode(x=x, y="q50:Q")
+        alt.Chart(_data("entropy"))
+        .mark_line(color=palette.entropy, strokeWidth=2.4, clip=True, tooltip=None)
+        .encode(x=x, y="q50:Q")
     )
     hover = _hover(
         "entropy",
@@ -140,9 +148,9 @@ def entropy(theme: Theme) -> dict[str, Any]:
     )
     color = alt.Color("layer:N", scale=alt.Scale(range=list(palette.layers)), sort=None, legend=legend)
     chosen = alt.Chart(_data("layers"))
-    errors = chosen.mark_area(opacity=0.22, clip=True).encode(x=x, y="low:Q", y2="high:Q", color=color)
-    lines = chosen.mark_line(strokeWidth=1.3, clip=True).encode(x=x, y="value:Q", color=color)
-    points = chosen.mark_point(opacity=0, size=30, clip=True).encode(
+    errors = chosen.mark_area(opacity=0.22, clip=True, tooltip=None).encode(x=x, y="low:Q", y2="high:Q", color=color)
+    lines = chosen.mark_line(strokeWidth=1.3, clip=True, tooltip=None).encode(x=x, y="value:Q", color=color)
+    points = chosen.mark_point(opacity=_UNSEEN, filled=True, size=40, clip=True).encode(
         x=x,
         y="value:Q",
         tooltip=[
@@ -166,7 +174,7 @@ def entropy(theme: Theme) -> dict[str, Any]:
 def alignment(theme: Theme) -> dict[str, Any]:
     """Alignment of the gradients of cross-entropy and entropy, layer by step, fixed at [-1, 1].
 
-    Datasets: ``span, image, tips, scale``.
+    Datasets: ``span, image_below, image_above, tips, scale``; see `double_buffer` for why there are two images.
 
     Returns:
         A Vega-Lite specification without data.
@@ -176,11 +184,14 @@ def alignment(theme: Theme) -> dict[str, Any]:
     x = alt.X("first:Q", title="step", scale=alt.Scale(nice=False, zero=False), axis=x_axis)
     y_axis = alt.Axis(grid=False, tickMinStep=1, format="d", **_AXIS_WIDTH)
     y = alt.Y("bottom:Q", title="layer", scale=alt.Scale(nice=False, zero=False), axis=y_axis)
-    place = {"x": x, "x2": "last:Q", "y": y, "y2": "top:Q"}
-    image = alt.Chart(_data("image")).mark_image(aspect=False, clip=True).encode(url="url:N", **place)
+    place: dict[str, Any] = {"x": x, "x2": "last:Q", "y": y, "y2": "top:Q"}
+    below, above = (
+        alt.Chart(_data(name)).mark_image(aspect=False, clip=True).encode(url="url:N", **place)
+        for name in ("image_below", "image_above")
+    )
     tips = (
         alt.Chart(_data("tips"))
-        .mark_rect(opacity=0, clip=True)
+        .mark_rect(opacity=_UNSEEN, clip=True)
         .encode(
             tooltip=[
                 alt.Tooltip("layer:N", title="layer"),
@@ -200,12 +211,35 @@ def alignment(theme: Theme) -> dict[str, Any]:
         .mark_point(opacity=0, size=0)
         .encode(color=alt.Color("v:Q", scale=scale, legend=legend))
     )
-    return _spec(image + tips + ends + colors, height=330)
+    return _spec(below + above + tips + ends + colors, height=330)
+
+
+@lru_cache
+def overview(theme: Theme) -> dict[str, Any]:
+    """A strip of the whole run, with the selection ``window`` over its steps.
+
+    Datasets: ``bands, span, ce``.
+
+    Returns:
+        A Vega-Lite specification without data.
+    """
+    palette = PALETTES[theme]
+    mark = alt.BrushConfig(fill=palette.entropy, fillOpacity=0.2, stroke=palette.entropy)
+    brush = alt.selection_interval(name="window", encodings=["x"], mark=mark)
+    y_axis = alt.Axis(labels=False, ticks=False, grid=False, domain=False, **_AXIS_WIDTH)
+    line = (
+        alt.Chart(_data("ce"))
+        .mark_line(color=palette.line, strokeWidth=1.2, tooltip=None)
+        .encode(x=_step_axis(title=None), y=alt.Y("mean:Q", title=" ", scale=alt.Scale(zero=False), axis=y_axis))
+        .add_params(brush)
+    )
+    return _spec(_background(palette) + line, height=84)
 
 
 def _hover(name: str, tooltip: list[alt.Tooltip]) -> alt.Chart:
-    # Invisible rules catch the pointer anywhere above a step.
-    return alt.Chart(_data(name)).mark_rule(opacity=0, strokeWidth=4, clip=True).encode(x="step:Q", tooltip=tooltip)
+    # A bucket answers to the pointer over its whole width and height.
+    area = alt.Chart(_data(name)).mark_rect(opacity=_UNSEEN, clip=True)
+    return area.encode(x="first:Q", x2="last:Q", tooltip=tooltip)
 
 
 def _spec(chart: Any, height: int) -> dict[str, Any]:

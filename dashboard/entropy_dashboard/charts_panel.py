@@ -8,19 +8,19 @@ import numpy as np
 import streamlit as st
 
 from entropy_dashboard import charts, session, tables
+from entropy_dashboard.double_buffer import advance
 from entropy_dashboard.readers import ALIGNMENTS, ENTROPIES
 from entropy_dashboard.text import escape, short_names
 from entropy_dashboard.theme import PALETTES
+from entropy_dashboard.window import BRUSH, choose_span, chosen_window, draw_brush, view_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from entropy_dashboard.readers import RunReader, Snapshot
-    from entropy_dashboard.tables import Window
+from entropy_dashboard.readers import RunReader, Snapshot
 
 MAX_LAYERS = 8
-WINDOWS: dict[str, int | None] = {"All": None, "Last 4k": 4000, "Last 1k": 1000}
-ENTROPY_NAMES: dict[str, str] = dict(zip(ENTROPIES, ("row-normalised", "raw", "centred"), strict=True))
+ENTROPY_NAMES: dict[str, str] = dict(zip(ENTROPIES, ("normalised", "raw", "centred"), strict=True))
 ALIGNMENT_NAMES: dict[str, str] = dict(zip(ALIGNMENTS, ("weight space (paper)", "activations"), strict=True))
 
 
@@ -30,10 +30,12 @@ def draw_oscillation(reader: RunReader, snapshot: Snapshot) -> None:
     with st.container(border=True, key="oscillation"):
         st.markdown("**Phase oscillation** — CE loss and entropy &nbsp; :orange-badge[memorize] :blue-badge[compress]")
         with st.container(horizontal=True, vertical_alignment="bottom", gap="small"):
-            span = _choose("Steps", list(WINDOWS), "window")
-            metric = _choose("MBE", list(ENTROPIES), "entropy_kind", ENTROPY_NAMES)
+            span = choose_span()
+            metric = _choose("Entropy", list(ENTROPIES), "entropy_kind", ENTROPY_NAMES)
             layers = _choose_layers(reader.layers.layers)
-        window = _window(reader, span)
+        if span == BRUSH:
+            draw_brush(reader)
+        window = chosen_window(reader)
         key = (window, theme)
         commands = tables.commands_table(snapshot, window)
         shared = {
@@ -75,11 +77,15 @@ def draw_alignment(reader: RunReader) -> None:
     with st.container(border=True, key="alignment"):
         st.markdown("**CE–MBE gradient alignment** — green: agree, purple: conflict, hatched: undetermined")
         metric = _choose("Alignment", list(ALIGNMENTS), "alignment_kind", ALIGNMENT_NAMES)
-        window = _window(reader, st.session_state.get("window", "All"))
+        window = chosen_window(reader)
         image, tips = reader.table(
             ("heat", metric, window, theme), lambda: tables.heat_tables(reader, metric, window, PALETTES[theme])
         )
-        data = {"image": image, "tips": tips, "span": tables.span_table(window), "scale": _scale()}
+        view = (reader.path, metric, theme, view_of(window))
+        buffers = advance(st.session_state.get("heat_buffers"), view, image)
+        st.session_state["heat_buffers"] = buffers
+        images = {"image_below": buffers.below, "image_above": buffers.above}
+        data = {**images, "tips": tips, "span": tables.span_table(window), "scale": _scale()}
         words = "Heat map of the cosine between the gradients of cross-entropy and entropy, layer by step"
         _chart(charts.alignment(theme), data, "chart_alignment", words)
         st.caption(
@@ -113,9 +119,8 @@ def _choose_layers(layers: tuple[str, ...]) -> tuple[str, ...]:
         usual = dict.fromkeys(layers[position] for position in (count // 6, count // 2, 5 * count // 6))
         known = [layer for layer in asked if layer in layers]
         st.session_state["chosen_layers"] = known[:MAX_LAYERS] or list(usual)
-    else:
-        kept = [layer for layer in st.session_state["chosen_layers"] if layer in layers]
-        st.session_state["chosen_layers"] = kept
+    elif not set(st.session_state["chosen_layers"]).issubset(layers):
+        st.session_state["chosen_layers"] = [n for n in st.session_state["chosen_layers"] if n in layers]
     short = short_names(layers)
     chosen = st.multiselect(
         "Layers",
@@ -124,16 +129,14 @@ def _choose_layers(layers: tuple[str, ...]) -> tuple[str, ...]:
         max_selections=MAX_LAYERS,
         placeholder="Choose up to 8",
         format_func=lambda layer: short[layer],
+        on_change=_share_layers,
+        width=215,
     )
     return tuple(chosen)
 
 
-def _window(reader: RunReader, span: str) -> Window:
-    full, last = tables.full_window(reader), WINDOWS.get(span)
-    if last is None or full.stop - full.start <= last:
-        return full
-    # In strides, so that the window does not move with every single step.
-    return tables.Window(max(full.start, (full.stop - last) // 16 * 16), full.stop)
+def _share_layers() -> None:
+    st.query_params["layer"] = st.session_state["chosen_layers"]
 
 
 def _chart(spec: dict[str, Any], data: Mapping[str, bytes], key: str, words: str) -> None:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from entropy_dashboard.readers import RunReader
 
-SPARK_BUCKETS = 96
+SPARK_BUCKETS = 160
 LOSS_STEPS = 50
 """Optimizer steps behind the cross-entropy's figure."""
 MAX_BARS = 24

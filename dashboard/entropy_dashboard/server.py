@@ -46,11 +46,17 @@ def serve(
     Returns:
         The server's exit code; 0 when it was stopped by Ctrl-C or SIGTERM.
     """
-    process = subprocess.Popen(command(address, port, headless=headless), env=environment(runs_dir))
+    started: list[subprocess.Popen[bytes]] = []
+
+    def stop(_signal: int, _frame: object) -> None:
+        for process in started:
+            process.terminate()
+
     # A container stops this process with SIGTERM; its child would stay behind.
-    before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+    before = signal.signal(signal.SIGTERM, stop)
     try:
-        return _wait(process)
+        started.append(subprocess.Popen(command(address, port, headless=headless), env=environment(runs_dir)))
+        return _wait(started[0])
     finally:
         signal.signal(signal.SIGTERM, before)
 

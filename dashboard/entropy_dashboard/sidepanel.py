@@ -106,10 +106,12 @@ def _draw_cost(status: RunStatus, num_measured: int) -> None:
     overhead = "not measured yet" if status.overhead_percent is None else f"{status.overhead_percent:.2f} %"
     lag = status.watcher_lag_s["p50"], status.watcher_lag_s["p95"]
     lines = [
-        f"Overhead: **{overhead}** of a training step",
-        f"Frames: {status.frames_committed:,} committed, {num_measured:,} steps measured",
-        f"{_count(status.frames_dropped)} dropped, {_count(status.frames_removed_unmeasured)} removed unmeasured",
-        f"Watcher lag: {number(lag[0], 2)} s median, {number(lag[1], 2)} s p95",
+        f"Overhead **{overhead}**",
+        f"{status.frames_committed:,} frames committed",
+        f"{num_measured:,} steps measured",
+        f"{_count(status.frames_dropped)} frames dropped",
+        f"{_count(status.frames_removed_unmeasured)} removed unmeasured",
+        f"Lag {number(lag[0], 2)} s median, {number(lag[1], 2)} s p95",
     ]
     st.markdown("  \n".join(lines))
     if status.faults:

@@ -75,6 +75,16 @@ def full_window(reader: RunReader) -> Window:
     return Window(int(min(s[0] for s in known)), int(max(s[-1] for s in known)) + 1) if known else Window(0, 1)
 
 
+def drawn_window(window: Window) -> Window:
+    """A window whose end moves in buckets, so that a new step does not make every chart be sent and drawn anew.
+
+    Returns:
+        The window, longer by less than a pixel or two.
+    """
+    shift = ((window.stop - window.start) // CE_BUCKETS).bit_length()
+    return Window(window.start, -(-window.stop >> shift) << shift)
+
+
 def span_table(window: Window) -> bytes:
     """The window's ends, invisible marks that give all charts the same x axis.
 
@@ -84,15 +94,22 @@ def span_table(window: Window) -> bytes:
     return arrow({"step": np.array([window.start, window.stop], np.float64)})
 
 
-def loss_table(reader: RunReader, window: Window) -> bytes:
+def loss_table(reader: RunReader, window: Window, max_buckets: int = CE_BUCKETS) -> bytes:
     """Cross-entropy in buckets.
 
     Returns:
-        Arrow, columns ``step, mean, low, high, rows``.
+        Arrow, columns ``step, first, last, mean, low, high, rows``.
     """
-    ce = loss_buckets(reader, window)
+    ce = loss_buckets(reader, window, max_buckets)
     columns = {"mean": ce.mean[:, 0], "low": ce.low[:, 0], "high": ce.high[:, 0], "rows": ce.count[:, 0]}
-    return arrow({"step": ce.step, **columns})
+    return arrow({"step": ce.step, **_extent(ce), **columns})
+
+
+def _extent(buckets: Buckets) -> dict[str, NDArray[np.float64]]:
+    # Each reaches to the next: the pointer falls into no gap between two measurements.
+    first = (buckets.number << buckets.shift).astype(np.float64)
+    end = (buckets.number[-1:] + 1 << buckets.shift).astype(np.float64)
+    return {"first": first, "last": np.append(first[1:], end)}
 
 
 def phase_bands(reader: RunReader, window: Window) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
@@ -188,13 +205,20 @@ def entropy_table(reader: RunReader, metric: str, window: Window) -> bytes:
     """Spread of a metric over the layers.
 
     Returns:
-        Arrow, columns ``step, q10, q50, q90, layers``.
+        Arrow, columns ``step, first, last, q10, q50, q90, layers``.
     """
     buckets = reader.layers.metric(metric).query(window.start, window.stop, ENTROPY_BUCKETS)
     q10, q50, q90 = quantiles(buckets.mean, (0.1, 0.5, 0.9))
     layers = (buckets.count > 0).sum(axis=1)
     columns = {"q10": q10, "q50": q50, "q90": q90}
-    return arrow({"step": buckets.step, **{k: v.astype(np.float32) for k, v in columns.items()}, "layers": layers})
+    return arrow(
+        {
+            "step": buckets.step,
+            **_extent(buckets),
+            **{k: v.astype(np.float32) for k, v in columns.items()},
+            "layers": layers,
+        }
+    )
 
 
 def layers_table(reader: RunReader, metric: str, layers: Sequence[str], window: Window) -> bytes:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 import sys
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
-import click
 import typer
 
 from entropy_monitor import __version__
@@ -17,6 +16,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 EXIT_FAILED, EXIT_USAGE, EXIT_NO_RUN = 1, 2, 3
+
+_USAGE_ERROR: Any = typer.BadParameter.__base__
+"""Base of all that typer raises about a command line; newer versions no longer take it from click."""
 
 app = typer.Typer(
     name="entropy-monitor",
@@ -60,11 +62,10 @@ def run_command(arguments: Sequence[str]) -> int:
         0 done, 1 failed, 2 usage, 3 no such run. Errors are one line on stderr.
     """
     try:
-        code = app(args=list(arguments), standalone_mode=False)
-    except click.ClickException as error:
-        error.show()
-        return EXIT_USAGE
-    except (click.Abort, KeyboardInterrupt):
+        code = app(args=list(arguments), prog_name="entropy-monitor", standalone_mode=False)
+    except _USAGE_ERROR as error:
+        return _refuse(error)
+    except (typer.Abort, KeyboardInterrupt):
         return EXIT_FAILED
     except (RunNotFoundError, NotARunError) as error:
         return _fail(error, EXIT_NO_RUN)
@@ -73,6 +74,15 @@ def run_command(arguments: Sequence[str]) -> int:
     except (EntropyMonitorError, OSError) as error:
         return _fail(error, EXIT_FAILED)
     return int(code or 0)
+
+
+def _refuse(error: Any) -> int:
+    """Say in one line what is wrong with the command line."""
+    # Without arguments typer has shown the help already and has no message.
+    if message := " ".join(error.format_message().split()):
+        command = error.ctx.command_path if error.ctx else "entropy-monitor"
+        print(f"error: {message} (see {command} --help)", file=sys.stderr)
+    return EXIT_USAGE
 
 
 def _fail(error: Exception, code: int) -> int:

@@ -12,7 +12,9 @@ from entropy_monitor.errors import ConfigError
 
 def dashboard(
     runs_dir: Annotated[Path, typer.Argument(help="Directory of runs, or one run.")] = Path("runs"),
-    address: Annotated[str, typer.Option(help="Address to listen on; others than this machine need a token.")] = "127.0.0.1",
+    address: Annotated[
+        str, typer.Option(help="Address to listen on; others than this machine need a token.")
+    ] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 8501,
 ) -> None:
     """Serve the dashboard on this machine; read-only unless ENTROPY_MONITOR_OPERATOR_TOKEN is set."""

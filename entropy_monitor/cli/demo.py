@@ -29,7 +29,9 @@ def demo(
     no_dashboard: Annotated[bool, typer.Option("--no-dashboard", help="Without the browser part.")] = False,
     port: Annotated[int, typer.Option(help="Port of the dashboard.")] = 8501,
     seed: Annotated[int, typer.Option(help="Seed of model and batches.")] = 0,
-    text: Annotated[list[Path] | None, typer.Option(help="A text file; may be repeated. Default: Python's own sources.")] = None,
+    text: Annotated[
+        list[Path] | None, typer.Option(help="A text file; may be repeated. Default: Python's own sources.")
+    ] = None,
 ) -> None:
     """Train a small GPT on real text, watch its phases, and let the controller switch them."""
     from entropy_monitor.demo.settings import DemoSettings

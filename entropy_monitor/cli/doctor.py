@@ -35,7 +35,9 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="One JSON object
     else:
         marks = {"ok": "ok  ", "note": "note", "fail": "FAIL"}
         for check in checks:
-            typer.echo(f"{marks[check.state]}  {check.name}: {check.found}{f' ({check.remedy})' if check.remedy else ''}")
+            typer.echo(
+                f"{marks[check.state]}  {check.name}: {check.found}{f' ({check.remedy})' if check.remedy else ''}"
+            )
     if any(check.state == "fail" for check in checks):
         raise typer.Exit(1)
 

@@ -10,9 +10,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-import click
 import typer
 
+from entropy_monitor.errors import ConfigError
 from entropy_monitor.store import CommandRequest, issue_command, list_acknowledgements, open_run, read_status
 from entropy_monitor.store.commands import DEFAULT_EXPIRY_S
 
@@ -28,18 +28,22 @@ def phase(
     phase: Annotated[Literal["memorize", "compress", "auto"], typer.Argument(help="auto frees the controller again.")],
     reason: Annotated[str, typer.Option(help="Why; kept in the audit log.")],
     weight: Annotated[float | None, typer.Option(help="Weight of the entropy in the loss.")] = None,
-    expires_s: Annotated[float, typer.Option(help="Seconds after which the command is not delivered.")] = DEFAULT_EXPIRY_S,
+    expires_s: Annotated[
+        float, typer.Option(help="Seconds after which the command is not delivered.")
+    ] = DEFAULT_EXPIRY_S,
     wait_s: Annotated[float, typer.Option(help="Seconds to wait for every rank's answer.")] = 30.0,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for scripts.")] = False,
 ) -> None:
     """Command a phase, and report each rank's answer."""
+    if not 0 <= wait_s < float("inf"):
+        raise ConfigError(f"expected --wait-s >= 0; found {wait_s}: give a number of seconds")
     opened = open_run(run)
     try:
         request = CommandRequest(
             phase=phase, reason=reason, issued_by=f"cli:{_user()}", weight=weight, expires_after_s=expires_s
         )
     except ValueError as error:
-        raise click.UsageError(str(error)) from error
+        raise ConfigError(str(error)) from error
     command = issue_command(opened.objects, opened.run_id, request, key=os.environ.get("ENTROPY_MONITOR_KEY"))
     acks, why = _wait(opened, command, wait_s)
     if as_json:
@@ -61,14 +65,17 @@ def _wait(run: Run, command: Command, wait_s: float) -> tuple[list[Acknowledgeme
     """
     deadline = time.monotonic() + wait_s
     while True:
+        found = read_status(run)  # first: a trainer that has ended since then has answered before
         acks = [ack for ack in list_acknowledgements(run.objects) if ack.command_id == command.command_id]
-        found = read_status(run)
         if found.ranks and {ack.rank for ack in acks} >= set(found.ranks):
             return acks, None
         if found.state == "ended":
             return acks, "the run has ended: start the trainer again within the command's expiry"
         if time.monotonic() >= deadline:
-            return acks, f"the trainer ({found.state}) did not answer within {wait_s:.0f} s; it still may until it expires"
+            return (
+                acks,
+                f"the trainer ({found.state}) did not answer within {wait_s:.0f} s; it still may until it expires",
+            )
         time.sleep(_POLL_S)
 
 

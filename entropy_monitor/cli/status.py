@@ -41,7 +41,10 @@ def _lines(found: RunStatus) -> list[tuple[str, str]]:
         ("trainer", f"{found.state}, attempt {found.attempt}, heartbeat {_seconds(found.heartbeat_age_s)} ago"),
         ("step", f"{_text(found.step)}, last step {_seconds(found.last_step_age_s)} ago"),
         ("ranks", ", ".join(map(str, found.ranks)) or "none"),
-        ("phase", f"{_text(found.phase)}, weight {_text(found.weight)}, {'steered' if found.steer else 'observe-only'}"),
+        (
+            "phase",
+            f"{_text(found.phase)}, weight {_text(found.weight)}, {'steered' if found.steer else 'observe-only'}",
+        ),
         ("regime", found.regime),
         ("frames", f"{found.frames_committed} committed, {found.frames_dropped} dropped{unmeasured}"),
         ("watcher", f"{found.watcher_state}, control {found.control}, measured to {_text(found.last_measured_step)}"),

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Self
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Generator, Mapping, Sequence
     from pathlib import Path
     from types import FrameType, TracebackType
 
@@ -53,7 +53,9 @@ class Children:
         """
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         """End every child: asked first, in the order of their start, then killed."""
         for process in self._processes.values():
             if process.poll() is None:
@@ -75,7 +77,7 @@ class Children:
 
 
 @contextmanager
-def interruptible() -> Iterator[threading.Event]:
+def interruptible() -> Generator[threading.Event]:
     """Turn SIGINT and SIGTERM into an event while the block runs.
 
     Yields:

@@ -72,6 +72,10 @@ def _wait_for_run(path: Path, stop_event: threading.Event, *, once: bool) -> Run
 
     Returns:
         The run, or None when stopped before.
+
+    Raises:
+        RunNotFoundError: nothing is there, and nobody waits for it.
+        NotARunError: something else is there.
     """
     while not stop_event.is_set():
         try:
@@ -95,4 +99,3 @@ def _newest_commits(run: Run) -> dict[int, int]:
         for rank in list_ranks(run.objects)
     }
     return {rank: seqs[-1] for rank, seqs in commits.items() if seqs}
-

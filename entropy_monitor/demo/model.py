@@ -8,14 +8,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-VOCABULARY = 256
-"""Bytes."""
+NUM_BYTES = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GPTOptions:
     """Size of the model."""
 
+    vocabulary: int = NUM_BYTES
     num_layers: int = 4
     width: int = 128
     num_heads: int = 4
@@ -63,21 +63,21 @@ class ByteGPT(nn.Module):
 
     def __init__(self, options: GPTOptions) -> None:
         super().__init__()
-        self.bytes = nn.Embedding(VOCABULARY, options.width)
+        self.bytes = nn.Embedding(options.vocabulary, options.width)
         self.positions = nn.Embedding(options.context, options.width)
         self.blocks = nn.ModuleList(Block(options) for _ in range(options.num_layers))
         self.norm = nn.LayerNorm(options.width)
-        self.head = nn.Linear(options.width, VOCABULARY, bias=False)
+        self.head = nn.Linear(options.width, options.vocabulary, bias=False)
         self.apply(_initialise)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Score every next byte.
+        """Score every next token.
 
         Args:
-            tokens: bytes, ``[B, T]``.
+            tokens: ids, ``[B, T]``; bytes unless the vocabulary says otherwise.
 
         Returns:
-            Logits, ``[B, T, 256]``.
+            Logits, ``[B, T, vocabulary]``.
         """
         x = self.bytes(tokens) + self.positions(torch.arange(tokens.shape[1], device=tokens.device))
         for block in self.blocks:
@@ -88,5 +88,5 @@ class ByteGPT(nn.Module):
 def _initialise(module: nn.Module) -> None:
     if isinstance(module, nn.Linear | nn.Embedding):
         nn.init.normal_(module.weight, std=0.02)
-    if isinstance(module, nn.Linear) and module.bias is not None:
+    if isinstance(module, nn.Linear) and "bias" in dict(module.named_parameters()):
         nn.init.zeros_(module.bias)

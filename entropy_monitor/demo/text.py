@@ -54,7 +54,9 @@ def load_bytes(files: Sequence[Path] = (), *, context: int) -> torch.Tensor:
     chosen = list(files) or sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
     text = b"\n".join(_read(path) for path in chosen)[:_MAX_BYTES]
     if len(text) < 2 * (context + 1):
-        raise ConfigError(f"expected at least {2 * (context + 1)} bytes of text; found {len(text)}: name more with --text")
+        raise ConfigError(
+            f"expected at least {2 * (context + 1)} bytes of text; found {len(text)}: name more with --text"
+        )
     return torch.frombuffer(bytearray(text), dtype=torch.uint8)
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch.nn import functional as F
 
 from entropy_hooks import attach
-from entropy_monitor.demo.model import VOCABULARY, ByteGPT, GPTOptions
+from entropy_monitor.demo.model import ByteGPT, GPTOptions
 from entropy_monitor.demo.text import draw_batch, load_bytes
 from entropy_monitor.errors import ConfigError
 
@@ -29,7 +29,7 @@ class TrainOptions:
     """Threads of torch; one leaves a core to the watcher on a small machine."""
     every: int = 2
     """Every second step is sampled, so that a short run shows its phases."""
-    model: GPTOptions = GPTOptions()
+    model: GPTOptions = field(default_factory=GPTOptions)
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -62,7 +62,7 @@ def train(run: Path | None, options: TrainOptions, *, text: list[Path], steer: b
     losses: list[float] = []
     for _ in range(options.steps):
         inputs, targets = draw_batch(data, options.batch, options.model.context, batches)
-        loss = F.cross_entropy(model(inputs).view(-1, VOCABULARY), targets.reshape(-1))
+        loss = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

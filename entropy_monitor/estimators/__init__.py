@@ -18,7 +18,11 @@ from entropy_monitor.estimators.matrix_entropy import (
 )
 from entropy_monitor.estimators.sample_entropies import SampleEntropies, matrix_entropy_unbiased, sample_entropies
 from entropy_monitor.estimators.standard_error import matrix_entropy_standard_error, patch_standard_error
-from entropy_monitor.estimators.weight_alignment import gradient_alignment_from_parts, weight_alignment_parts
+from entropy_monitor.estimators.weight_alignment import (
+    gradient_alignment_from_parts,
+    projected_weight_alignment_parts,
+    weight_alignment_parts,
+)
 
 __all__ = [
     "Alignment",
@@ -34,6 +38,7 @@ __all__ = [
     "patch_matrix_entropy",
     "patch_matrix_entropy_gradient",
     "patch_standard_error",
+    "projected_weight_alignment_parts",
     "sample_entropies",
     "weight_alignment_parts",
 ]

@@ -63,8 +63,48 @@ def weight_alignment_parts(
             "transpose a gradient stored as [d_in, d]"
         )
     with torch.no_grad(), full_precision(x_NE):
-        x_NE, h_ND = (split_patches(samples, patch).flatten(-3, -2) for samples in (x_NE, h_ND))
-        along_B = sum_blocks((h_ND @ weight_gradient_DE * x_NE).sum(-1), patch)
+        projection_NE = h_ND @ weight_gradient_DE
+    return projected_weight_alignment_parts(x_NE, h_ND, projection_NE, patch, num_groups)
+
+
+def projected_weight_alignment_parts(
+    x: Float[Array, "*batch n d_in"],
+    h: Float[Array, "*batch n d"],
+    projection: Float[Array, "*batch n d_in"],
+    patch: int = 8,
+    num_groups: int = 16,
+) -> Float[Tensor, "*batch g 3"]:
+    """`weight_alignment_parts` with ``h_i W_g`` given, so that many layers can be batched without stacking weights.
+
+    Args:
+        x: inputs of the linear layer at the sampled tokens, ``[..., n, d_in]``.
+        h: ``dMBE/dz`` at the same tokens, ``[..., n, d]``.
+        projection: ``h @ W_g``, ``[..., n, d_in]``.
+        patch: tokens in a patch.
+        num_groups: jackknife groups; those beyond the number of patches are zero.
+
+    Returns:
+        ``[..., num_groups, 3]``, for `gradient_alignment_from_parts`.
+
+    Raises:
+        ValueError: the shapes do not belong together, or there are fewer tokens than a patch, or no two groups.
+
+    >>> import torch
+    >>> projected_weight_alignment_parts(torch.ones(16, 3), torch.ones(16, 2), torch.full((16, 3), 2.0)).sum(0)
+    tensor([ 96., 768.,   0.])
+    """
+    x_NE, h_ND, projection_NE = as_samples(x, "x"), as_samples(h, "h"), as_samples(projection, "projection")
+    check_num_groups(num_groups)
+    if projection_NE.shape != x_NE.shape or h_ND.shape[:-1] != x_NE.shape[:-1]:
+        raise ValueError(
+            f"expected x and projection [n, d_in] and h [n, d]; found {tuple(x_NE.shape)}, "
+            f"{tuple(projection_NE.shape)} and {tuple(h_ND.shape)}: give them for the same tokens"
+        )
+    with torch.no_grad(), full_precision(x_NE):
+        x_NE, h_ND, projection_NE = (
+            split_patches(samples, patch).flatten(-3, -2) for samples in (x_NE, h_ND, projection_NE)
+        )
+        along_B = sum_blocks((projection_NE * x_NE).sum(-1), patch)
         pairs_NN = (h_ND @ h_ND.mT) * (x_NE @ x_NE.mT)
         pairs_BB = sum_blocks(sum_blocks(pairs_NN, patch).mT, patch)
         pairs_BB = pairs_BB - torch.diag_embed(pairs_BB.diagonal(dim1=-2, dim2=-1))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -120,7 +119,7 @@ class Array:
         """
         return cls(objects, key, _open(objects, key, open=True))
 
-    def write(self, start: Sequence[int], block: NDArray[Any]) -> ts.Future[None]:
+    def write(self, start: Sequence[int], block: NDArray[Any]) -> ts.WriteFutures:
         """Begin to write one whole chunk or more; the caller keeps `block` unchanged until the future is done.
 
         Args:
@@ -146,7 +145,7 @@ class Array:
         except (ValueError, OSError, RuntimeError) as error:
             raise CorruptFrameError(f"expected an intact chunk in {self._objects.url}/{self._key}; {error}") from error
 
-    def wait(self, future: ts.Future[None]) -> None:
+    def wait(self, future: ts.WriteFutures) -> None:
         """Wait for a write.
 
         Raises:
@@ -178,13 +177,3 @@ def _open(objects: Objects, key: str, **spec: Any) -> ts.TensorStore:
         ).result()
     except (ValueError, OSError, RuntimeError) as error:
         raise StoreError(f"expected a zarr array at {objects.url}/{key}; {error}") from error
-
-
-def read_array_attributes(objects: Objects, key: str) -> dict[str, Any]:
-    """Attributes of an array.
-
-    Returns:
-        The attributes; empty where there is no readable array.
-    """
-    value = objects.get(f"{key}/zarr.json")
-    return {} if value is None else json.loads(value).get("attributes", {})

@@ -5,18 +5,18 @@ A command's number is its id and is signed with it, so a copied command file is 
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import hmac
 import json
+import math
 import re
 import time
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, get_args
 
 from entropy_monitor.store import layout
 from entropy_monitor.store.objects import encode_json
-from entropy_monitor.types import AckStatus, Acknowledgement, Command, CommandPhase
+from entropy_monitor.types import Acknowledgement, AckStatus, Command, CommandPhase
 
 if TYPE_CHECKING:
     from entropy_monitor.store.objects import Objects
@@ -128,8 +128,7 @@ def parse_command(value: bytes) -> Command:
         ValueError: it is malformed; the message says where.
     """
     try:
-        fields: Any = json.loads(value)
-        command = Command(**fields)
+        command = Command(**json.loads(value))
         CommandRequest(
             phase=command.phase,
             reason=command.reason,
@@ -137,12 +136,36 @@ def parse_command(value: bytes) -> Command:
             weight=command.weight,
             expires_after_s=command.expires_after_s,
         )
-        float(command.issued_at)
-        if not isinstance(command.signature, str | None):
-            raise TypeError("the signature is no text")
-    except (ValueError, TypeError, AttributeError) as error:
+        _check_types(command)
+    # A deeply nested file ends in a RecursionError, an absurdly long number in an OverflowError.
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ValueError(f"malformed command: {error}") from error
     return command
+
+
+def _check_types(command: Command) -> None:
+    """Refuse what would fail later, where the command is judged, applied or listed.
+
+    Raises:
+        TypeError: a field is of another type.
+        ValueError: a number is not finite, or an id or a signature is none.
+    """
+    for name in ("weight", "issued_at", "expires_after_s"):
+        value = getattr(command, name)
+        if name == "weight" and value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise TypeError(f"expected a number as {name}; found {value!r}")
+        if not math.isfinite(float(value)):
+            raise ValueError(f"expected a finite {name}; found {value}")
+    for name, pattern in (("command_id", r"[0-9]{8,}"), ("issued_by", r"(?s).*"), ("signature", r"[0-9a-f]{64}")):
+        value = getattr(command, name)
+        if name == "signature" and value is None:
+            continue
+        if not isinstance(value, str):
+            raise TypeError(f"expected a text as {name}; found {value!r}")
+        if not re.fullmatch(pattern, value):
+            raise ValueError(f"expected {name} like {pattern}; found {value[:80]!r}")
 
 
 def read_command_bytes(objects: Objects, number: int) -> bytes | None:
@@ -155,18 +178,22 @@ def read_command_bytes(objects: Objects, number: int) -> bytes | None:
 
 
 def list_commands(objects: Objects, first: int = 1) -> list[Command]:
-    """Commands from number `first` on; malformed ones are left out (the trainer's acknowledgement tells of them).
+    """Commands from number `first` on; malformed and copied ones are left out (the trainer's answer tells of them).
 
     Returns:
         The commands, oldest first.
     """
     commands: list[Command] = []
     for number in _command_numbers(objects):
-        if number < first:
+        value = read_command_bytes(objects, number) if number >= first else None
+        if value is None:
             continue
-        value = read_command_bytes(objects, number)
-        with contextlib.suppress(ValueError):
-            commands += [parse_command(value)] if value is not None else []
+        try:
+            command = parse_command(value)
+        except ValueError:
+            continue
+        if int(command.command_id) == number:
+            commands.append(command)
     return commands
 
 

@@ -42,7 +42,8 @@ def metrics_dataset(objects: Objects, attempt: Attempt) -> xr.Dataset:
     for metric in METRICS:
         samples = _column(blocks, f"num_{metric.samples}")[keep]
         attributes = {"unit": metric.unit, "long_name": metric.description, "source": metric.source}
-        attributes |= {"n": int(samples[0]) if len(np.unique(samples)) == 1 else f"see num_{metric.samples}"}
+        is_constant = len(np.unique(samples)) == 1 and np.isfinite(samples[0])
+        attributes |= {"n": int(samples[0]) if is_constant else f"see num_{metric.samples}"}
         for name in (metric.name, f"{metric.name}_se"):
             variables[name] = (("step", "layer"), _layer_table(blocks, layers, name)[keep], attributes)
     for name in _RUN_SCALARS:

@@ -45,15 +45,20 @@ class EventLog:
         return True
 
     def read_new(self) -> list[PhaseEvent]:
-        """Events appended since the last call, by whomever.
+        """Events appended since the last call, by whomever; one that cannot be read hides none behind it.
 
         Returns:
             The events, oldest first.
         """
         events: list[PhaseEvent] = []
-        while (fields := self._objects.get_json(layout.event_key(self._next))) is not None:
-            event = PhaseEvent(**fields)
+        for number in layout.numbers(self._objects.children("events"), r"(\d{8,})\.json"):
+            if number < self._next:
+                continue
+            self._next = number + 1
+            try:
+                event = PhaseEvent(**(self._objects.get_json(layout.event_key(number)) or {}))
+            except TypeError:  # damaged, or of another version
+                continue
             self._known.add(event.event_id)
             events.append(event)
-            self._next += 1
         return events

@@ -6,21 +6,16 @@ whatever process is killed at whatever moment, a reader finds a whole frame or n
 
 from __future__ import annotations
 
+import contextlib
 import uuid
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from entropy_monitor.errors import CorruptFrameError, FrameGoneError, SegmentTakenError
+from entropy_monitor.errors import CorruptFrameError, FrameGoneError, SegmentTakenError, StoreError
 from entropy_monitor.store import layout
-from entropy_monitor.store.arrays import (
-    Array,
-    create_group,
-    create_group_path,
-    read_array_attributes,
-    read_group_attributes,
-)
+from entropy_monitor.store.arrays import Array, create_group, create_group_path, read_group_attributes
 from entropy_monitor.types import NUM_JACKKNIFE_GROUPS, PHASES, AlignmentParts, Frame, LayerGroup
 
 if TYPE_CHECKING:
@@ -32,6 +27,7 @@ if TYPE_CHECKING:
 
 _STORED_TYPES = {"bfloat16": "u2", "float16": "f2", "float32": "f4"}  # zarr-python does not know bfloat16
 FRAME_SCALARS = ("loss", "lr", "grad_norm", "weight")
+_MAX_EXACT_INTEGER = 1 << 53  # of a float64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,12 +117,14 @@ class FrameWriter:
         seq = layout.SEGMENT_FRAMES * segment.number + slot
         if not self._objects.create(layout.commit_key(self.rank, seq), _encode_commit(seq, frame)):
             raise SegmentTakenError(f"expected frame {seq} of rank {self.rank} to be new; another writer committed it")
-        self._objects.put(layout.bell_key(self.rank), str(seq).encode())
+        with contextlib.suppress(StoreError):  # the frame is committed, and whoever misses the bell polls
+            self._objects.put(layout.bell_key(self.rank), str(seq).encode())
         return seq
 
     def _write_arrays(self, segment: _Segment, slot: int, frame: FrameData) -> None:
         pending = [
-            (array, array.write((slot,), block[None])) for array, block in zip(segment.arrays, frame.groups, strict=True)
+            (array, array.write((slot,), block[None]))
+            for array, block in zip(segment.arrays, frame.groups, strict=True)
         ]
         optional = (
             (segment.tokens, frame.tokens),
@@ -142,8 +140,20 @@ class FrameWriter:
             array.wait(future)
 
     def _refuse_zombie(self, number: int) -> None:
-        """A writer that was stopped while another took over must not commit behind the reader's back."""
-        if self._objects.exists(f"{layout.frames_key(self.rank, number + 1)}/zarr.json"):
+        """A writer that was stopped while another took over must not commit behind the reader's back.
+
+        The other one claims a newer segment, and its retention may remove this one, the newer one too.
+
+        Raises:
+            SegmentTakenError: it is such a writer.
+        """
+        newer = f"{layout.frames_key(self.rank, number + 1)}"
+        if self._objects.exists(f"{newer}/zarr.json"):
+            owner = (read_group_attributes(self._objects, newer) or {}).get("writer_uuid")
+            is_superseded = owner != self._uuid  # our own, where a failed write kept us from using it
+        else:
+            is_superseded = not self._objects.exists(f"{layout.frames_key(self.rank, number)}/zarr.json")
+        if is_superseded:
             raise SegmentTakenError(
                 f"expected segment {number} to be rank {self.rank}'s newest; a newer trainer writes this run: "
                 "stop one of the two, or give this one another run"
@@ -151,8 +161,9 @@ class FrameWriter:
 
     def _claim(self, frame_layout: FrameLayout) -> _Segment:
         create_group_path(self._objects, layout.frames_key(self.rank))
-        if self._segment is not None:
-            self._refuse_zombie(self._segment.number)
+        if self.claimed:
+            self._refuse_zombie(self.claimed[-1])
+        self._segment = None  # whatever fails from here on, the older segment is not written again
         number = next_segment(self._objects, self.rank)
         attributes = self._attributes(number, frame_layout)
         while not create_group(self._objects, layout.frames_key(self.rank, number), attributes):
@@ -285,12 +296,40 @@ def list_ranks(objects: Objects) -> list[int]:
     return layout.numbers(objects.children(f"{layout.ROOT}/frames"), r"r(\d{5,})")
 
 
+def _decode_commit(value: bytes) -> dict[str, float] | None:
+    """Read a commit record.
+
+    Returns:
+        Its columns, or None where it cannot be what `_encode_commit` wrote.
+    """
+    if len(value) != 8 * len(layout.COMMIT_COLUMNS):
+        return None
+    record = dict(zip(layout.COMMIT_COLUMNS, np.frombuffer(value, "<f8").tolist(), strict=True))
+    whole = ("seq", "attempt", "step", "phase", "num_patches", "num_tokens_seen")
+    if not all(record[name].is_integer() and 0 <= record[name] < _MAX_EXACT_INTEGER for name in whole):
+        return None
+    # A record of zeros, which a power cut may leave, is the attempt 0 that does not exist.
+    return record if record["attempt"] >= 1 and record["phase"] < len(PHASES) else None
+
+
+@dataclass(frozen=True, slots=True)
+class _OpenSegment:
+    """A segment's arrays, opened for reading."""
+
+    number: int
+    groups: tuple[tuple[Array, tuple[str, ...], str], ...]
+    """Array, layers and logical dtype of each group."""
+    tokens: Array | None
+    alignment: tuple[tuple[str, ...], Array, Array] | None
+    """Layers, parts and info."""
+
+
 class FrameReader:
     """Reads one rank's frames by `seq`; caches the open segment."""
 
     def __init__(self, objects: Objects, run_id: str, rank: int) -> None:
         self._objects, self._run_id, self.rank = objects, run_id, rank
-        self._open: tuple[int, dict[str, Any], list[tuple[Array, tuple[str, ...], str]]] | None = None
+        self._open: _OpenSegment | None = None
 
     def read(self, seq: int, *, arrays: bool = True) -> Frame | None:
         """Read one frame.
@@ -320,6 +359,14 @@ class FrameReader:
             raise FrameGoneError(f"frame {seq} of rank {self.rank} was removed by retention while read")
         return _with_arrays(frame, groups, tokens, alignment)
 
+    def is_committed(self, seq: int) -> bool:
+        """Whether there is a commit record.
+
+        Returns:
+            True or False, at the moment of the call.
+        """
+        return self._objects.exists(layout.commit_key(self.rank, seq))
+
     def read_commit(self, seq: int) -> Frame | None:
         """Read a frame's commit record.
 
@@ -332,12 +379,12 @@ class FrameReader:
         value = self._objects.get(layout.commit_key(self.rank, seq))
         if value is None:
             return None
-        if len(value) != 8 * len(layout.COMMIT_COLUMNS) or (row := np.frombuffer(value, "<f8"))[0] != seq:
+        record = _decode_commit(value)
+        if record is None or record["seq"] != seq:
             raise CorruptFrameError(
                 f"expected a commit record of {8 * len(layout.COMMIT_COLUMNS)} bytes that says seq {seq}; found "
                 f"{len(value)} bytes at {layout.commit_key(self.rank, seq)}: the frame counts as undetermined"
             )
-        record = dict(zip(layout.COMMIT_COLUMNS, row.tolist(), strict=True))
         return Frame(
             run_id=self._run_id,
             attempt=int(record["attempt"]),
@@ -351,36 +398,42 @@ class FrameReader:
             scalars={name: record[name] for name in FRAME_SCALARS},
         )
 
-    def _read_arrays(
-        self, seq: int
-    ) -> tuple[tuple[LayerGroup, ...], NDArray[np.int32] | None, AlignmentParts | None]:
-        segment, slot = divmod(seq, layout.SEGMENT_FRAMES)
-        attributes, arrays = self._open_segment(segment)
-        groups = tuple(_decode(array.read(slot), layers, dtype) for array, layers, dtype in arrays)
-        key = layout.frames_key(self.rank, segment)
-        tokens = Array.open(self._objects, f"{key}/tokens").read(slot) if attributes["token_window"] else None
-        layers, alignment = tuple(attributes["alignment_layers"]), None
-        if layers:
-            parts, info = (Array.open(self._objects, f"{key}/{name}").read(slot) for name in ("alignment", "alignment_info"))
-            alignment = AlignmentParts(layers, parts, info)
-        return groups, tokens, alignment
+    def _read_arrays(self, seq: int) -> tuple[tuple[LayerGroup, ...], NDArray[np.int32] | None, AlignmentParts | None]:
+        number, slot = divmod(seq, layout.SEGMENT_FRAMES)
+        if self._open is None or self._open.number != number:
+            self._open = self._open_segment(number)
+        groups = tuple(_decode(array.read(slot), layers, dtype) for array, layers, dtype in self._open.groups)
+        tokens = None if self._open.tokens is None else self._open.tokens.read(slot)
+        if self._open.alignment is None:
+            return groups, tokens, None
+        layers, parts, info = self._open.alignment
+        return groups, tokens, AlignmentParts(layers, parts.read(slot), info.read(slot))
 
-    def _open_segment(self, segment: int) -> tuple[dict[str, Any], list[tuple[Array, tuple[str, ...], str]]]:
-        if self._open is None or self._open[0] != segment:
-            key = layout.frames_key(self.rank, segment)
-            attributes = read_group_attributes(self._objects, key)
-            if attributes is None:
-                raise CorruptFrameError(f"expected a readable zarr.json at {self._objects.url}/{key}; found none")
-            arrays: list[tuple[Array, tuple[str, ...], str]] = []
-            try:
-                for index in range(len(attributes["layers"])):
-                    own = read_array_attributes(self._objects, f"{key}/g{index}")
-                    array = Array.open(self._objects, f"{key}/g{index}")
-                    arrays.append((array, tuple(own["layers"]), own["logical_dtype"]))
-            except (OSError, KeyError, ValueError) as error:
-                raise CorruptFrameError(f"expected readable arrays at {self._objects.url}/{key}; {error}") from error
-            self._open = (segment, attributes, arrays)
-        return self._open[1], self._open[2]
+    def _open_segment(self, number: int) -> _OpenSegment:
+        key = layout.frames_key(self.rank, number)
+        attributes = read_group_attributes(self._objects, key)
+        if attributes is None:
+            raise CorruptFrameError(f"expected a readable zarr.json at {self._objects.url}/{key}; found none")
+
+        def open_array(name: str) -> Array:
+            return Array.open(self._objects, f"{key}/{name}")
+
+        try:
+            groups = [
+                (open_array(f"g{index}"), tuple(layers), dtype)
+                for index, (layers, dtype) in enumerate(
+                    zip(attributes["layers"], attributes["logical_dtype"], strict=True)
+                )
+            ]
+            aligned = tuple(attributes["alignment_layers"])
+            return _OpenSegment(
+                number,
+                tuple(groups),
+                open_array("tokens") if attributes["token_window"] else None,
+                (aligned, open_array("alignment"), open_array("alignment_info")) if aligned else None,
+            )
+        except (OSError, KeyError, ValueError, TypeError) as error:
+            raise CorruptFrameError(f"expected readable arrays at {self._objects.url}/{key}; {error}") from error
 
     def seqs(self) -> Iterator[int]:
         """Every committed frame, oldest first.

@@ -155,9 +155,9 @@ class MetricsWriter:
 class MetricsReader:
     """Reads rows as they come; a second call of `read_new` gives only what was appended in between."""
 
-    def __init__(self, objects: Objects, segment: int = 0) -> None:
+    def __init__(self, objects: Objects, segment: int = 0, stop: int | None = None) -> None:
         self._objects = objects
-        self._segment = segment
+        self._segment, self._stop = segment, stop
         self._rows = 0
         self._open: tuple[MetricsLayout, tuple[Array, Array, Array]] | None = None
 
@@ -170,14 +170,13 @@ class MetricsReader:
         Raises:
             CorruptMetricsError: a chunk of a committed row cannot be read.
         """
-        while True:
-            if self._open is None and not self._open_segment():
-                return
-            assert self._open is not None
+        while self._segment != self._stop:
+            # Looked for before the read: whatever the older segment got, it has been read when the newer one is opened.
             newer = self._objects.exists(f"{layout.metrics_key(self._segment + 1)}/zarr.json")
-            while (block := self._read_chunk()) is not None:
-                yield block
-            if not newer:  # looked for before the last read: whatever the older segment got, it has been read
+            if self._open is not None or self._open_segment():
+                while (block := self._read_chunk()) is not None:
+                    yield block
+            if not newer:
                 return
             self._segment, self._rows, self._open = self._segment + 1, 0, None
 
@@ -190,11 +189,8 @@ class MetricsReader:
             values, scalars, source = (
                 Array.open(self._objects, f"{key}/{name}") for name in ("values", "scalars", "source")
             )
-        except StoreError:  # claimed a moment ago: its arrays are still being created
-            if not self._objects.exists(f"{layout.metrics_key(self._segment + 1)}/zarr.json"):
-                return False
-            self._segment += 1  # its writer was killed before it had any row
-            return self._open_segment()
+        except StoreError:  # claimed a moment ago, or its writer was killed before it had any row
+            return False
         metrics_layout = MetricsLayout(
             layers=tuple(attributes["layers"]),
             metrics=tuple(attributes["metrics"]),
@@ -242,6 +238,9 @@ def read_cursor(objects: Objects) -> dict[int, int]:
 
     Returns:
         Rank to `seq`; empty before the first row.
+
+    Raises:
+        CorruptMetricsError: a chunk of it cannot be read.
     """
     numbers = _segments(objects)
     if not numbers:
@@ -253,18 +252,27 @@ def read_cursor(objects: Objects) -> dict[int, int]:
     # A silent rank may be absent from the newest chunk, so every chunk of the segment is asked.
     for chunk in chunks:
         start = chunk * layout.TABLE_CHUNK_ROWS
-        source = Array.open(objects, f"{key}/source").read(slice(start, start + layout.TABLE_CHUNK_ROWS))
+        try:
+            source = Array.open(objects, f"{key}/source").read(slice(start, start + layout.TABLE_CHUNK_ROWS))
+        except CorruptFrameError as error:
+            raise CorruptMetricsError(str(error)) from error
         cursor = _advance(cursor, {rank: int(seq) for rank, seq in enumerate(source.max(axis=0)) if seq >= 0})
     return cursor
 
 
-def read_tail(objects: Objects) -> list[MetricsBlock]:
-    """Rows of the newest segment that has any, from which a restarted watcher continues.
+def read_tail(objects: Objects, num_rows: int) -> list[MetricsBlock]:
+    """The newest rows, from which a restarted watcher continues; every restart has begun a segment of its own.
+
+    Args:
+        objects: the run.
+        num_rows: how many rows at least, if there are so many.
 
     Returns:
         Blocks, oldest first; empty before the first row.
     """
+    blocks: list[MetricsBlock] = []
     for number in reversed(_segments(objects)):
-        if blocks := list(MetricsReader(objects, number).read_new()):
-            return blocks
-    return []
+        blocks = [*MetricsReader(objects, number, number + 1).read_new(), *blocks]
+        if sum(len(block.scalars) for block in blocks) >= num_rows:
+            break
+    return blocks

@@ -82,6 +82,9 @@ class Objects:
 
         Returns:
             The names, without the prefix.
+
+        Raises:
+            StoreError: the place cannot be read.
         """
         if self.path is not None:
             try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from entropy_monitor.errors import CorruptMetricsError, StoreError
 from entropy_monitor.store import layout
 from entropy_monitor.store.frames import list_commits, list_ranks, list_segments
 from entropy_monitor.store.metrics import read_cursor
@@ -25,41 +26,45 @@ class Retention:
         for segment in list_segments(objects, rank):
             if segment <= self._removed_through:
                 self._clear(segment)
-        segments = list_segments(objects, rank)
-        self._counts = {segment: len(list_commits(objects, rank, segment)) for segment in segments}
+        self._seqs = {segment: set(list_commits(objects, rank, segment)) for segment in list_segments(objects, rank)}
 
     def committed(self, seq: int) -> None:
-        """Count a frame just committed, and remove the oldest segments if the ring is full."""
-        segment = seq // layout.SEGMENT_FRAMES
-        self._counts[segment] = self._counts.get(segment, 0) + 1
+        """Count a frame just committed, once, and remove the oldest segments if the ring is full."""
+        self._seqs.setdefault(seq // layout.SEGMENT_FRAMES, set()).add(seq)
         self.trim()
 
     def trim(self) -> None:
         """Remove the oldest segments without which `keep` frames remain; the newest segment always stays."""
-        total = sum(self._counts.values())
-        for oldest in sorted(self._counts)[:-1]:
-            total -= self._counts[oldest]
+        total = sum(len(seqs) for seqs in self._seqs.values())
+        for oldest in sorted(self._seqs)[:-1]:
+            total -= len(self._seqs[oldest])
             if total < self._keep:
                 return
-            del self._counts[oldest]
             self._remove(oldest)
+            del self._seqs[oldest]  # after the removal: one that failed is tried again at the next commit
 
     def _remove(self, segment: int) -> None:
-        seqs = list_commits(self._objects, self._rank, segment)
-        cursor = read_cursor(self._objects).get(self._rank, -1)
-        self.removed += len(seqs)
-        self.removed_unmeasured += sum(seq > cursor for seq in seqs)
-        self._removed_through = segment
+        seqs, cursor = list_commits(self._objects, self._rank, segment), self._cursor()
+        removed = self.removed + len(seqs)
+        unmeasured = self.removed_unmeasured + sum(seq > cursor for seq in seqs)
         # Counted first: a kill in between leaves files to clear, never a frame counted twice or not at all.
         self._objects.put_json(
             layout.retention_key(self._rank),
-            {
-                "removed_through": segment,
-                "frames_removed": self.removed,
-                "frames_removed_unmeasured": self.removed_unmeasured,
-            },
+            {"removed_through": segment, "frames_removed": removed, "frames_removed_unmeasured": unmeasured},
         )
+        self.removed, self.removed_unmeasured, self._removed_through = removed, unmeasured, segment
         self._clear(segment)
+
+    def _cursor(self) -> int:
+        """The newest measured frame; a damaged table must not keep the disk from being bounded, and proves nothing.
+
+        Returns:
+            Its `seq`, -1 where none is known to have been measured.
+        """
+        try:
+            return read_cursor(self._objects).get(self._rank, -1)
+        except (CorruptMetricsError, StoreError):
+            return -1
 
     def _clear(self, segment: int) -> None:
         key = layout.frames_key(self._rank, segment)

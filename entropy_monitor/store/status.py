@@ -76,7 +76,7 @@ def read_status(run: Run, now: float | None = None) -> RunStatus:
     attempt = max([0, *list_attempts(objects)])
     beats = {rank: beat for rank, beat in read_trainer_heartbeats(objects).items() if beat.get("attempt") == attempt}
     watcher = read_heartbeat(objects, WATCHER)
-    states = [liveness(beat, now) for beat in beats.values()] or ["dead"]
+    states: list[Liveness] = [liveness(beat, now) for beat in beats.values()] or ["dead"]
     lead = beats.get(min(beats)) if beats else None
     lag: Mapping[str, Any] = (watcher or {}).get("lag_s") or {}
     return RunStatus(
@@ -136,4 +136,3 @@ def _faults(beats: list[Mapping[str, Any]]) -> dict[str, int]:
     for beat in beats:
         total.update({kind: int(count) for kind, count in (beat.get("faults") or {}).items()})
     return dict(sorted(total.items()))
-

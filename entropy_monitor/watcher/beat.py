@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import socket
 import threading
@@ -52,11 +53,11 @@ class WatcherBeat:
             self._fields["last_measured_step"] = step
             self._fields["regime"] = regime
 
-    def measured(self, step: int, cursor: Mapping[int, int], regime: Regime, lag_s: float) -> None:
-        """A row was committed `lag_s` seconds after its frame."""
-        self.reached(step, cursor, regime)
-        with self._lock:
-            self._lags.append(lag_s)
+    def lag(self, lag_s: float) -> None:
+        """A row was committed `lag_s` seconds after its frame; NaN when none of the step's frames could be read."""
+        if math.isfinite(lag_s):
+            with self._lock:
+                self._lags.append(lag_s)
 
     def control(self, mode: str) -> None:
         """Say who decides."""
@@ -78,7 +79,9 @@ class WatcherBeat:
         self._thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         """Publish the last one."""
         self._stop.set()
         self._thread.join()
@@ -100,4 +103,3 @@ class WatcherBeat:
         except OSError as error:
             logger.warning("heartbeat not written: %s", error)
             self.fault({"heartbeat_failed": 1})
-

@@ -23,7 +23,8 @@ class ControlChannel:
         self._key = os.environ.get("ENTROPY_MONITOR_KEY")
         self._next = 1
         self._issued: set[str] = set()
-        self._newest_operator: Command | None = None
+        self._operators: list[Command] = []
+        """An operator's commands that the trainer has not rejected, as far as is known; the last one stands."""
         self._newest_own: Command | None = None
 
     def refresh(self) -> None:
@@ -37,18 +38,25 @@ class ControlChannel:
             self._newest_own = command
             self._issued.add(command.issued_by)
         else:
-            self._newest_operator = command
+            self._operators.append(command)
 
     @property
     def is_suspended(self) -> bool:
         """Whether an operator's memorize or compress stands: the controller is silent until ``auto``."""
-        command = self._newest_operator
-        return command is not None and command.phase != "auto" and self._refusal(command) is None
+        while self._operators and self._refusal(self._operators[-1]) is not None:
+            self._operators.pop()  # a forged command neither suspends nor frees the controller
+        return bool(self._operators) and self._operators[-1].phase != "auto"
 
-    @property
-    def refusal(self) -> str | None:
-        """Why the trainer rejected the controller's newest command, if it did."""
-        return None if self._newest_own is None else self._refusal(self._newest_own)
+    def refusal(self, attempt: int) -> str | None:
+        """Why the trainer rejected the controller's newest command in this attempt, if it did.
+
+        Returns:
+            The trainer's reason, or None; a trainer started afresh may take commands.
+        """
+        own = self._newest_own
+        if own is None or not own.issued_by.startswith(f"{_CONTROLLER}/{attempt}/"):
+            return None
+        return self._refusal(own)
 
     def _refusal(self, command: Command) -> str | None:
         ack = read_acknowledgement(self._run.objects, int(command.command_id), 0)
@@ -59,7 +67,5 @@ class ControlChannel:
         self.refresh()
         issued_by = f"{_CONTROLLER}/{attempt}/{step}"
         if issued_by not in self._issued:
-            request = CommandRequest(
-                phase=phase, weight=weight, reason=reason[:MAX_REASON_LENGTH], issued_by=issued_by
-            )
+            request = CommandRequest(phase=phase, weight=weight, reason=reason[:MAX_REASON_LENGTH], issued_by=issued_by)
             self._take(issue_command(self._run.objects, self._run.run_id, request, key=self._key))

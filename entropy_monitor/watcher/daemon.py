@@ -10,7 +10,7 @@ from entropy_monitor.config import WatchOptions
 from entropy_monitor.store import EventLog, MetricsWriter, WatcherLock, read_tail
 from entropy_monitor.watcher.beat import WatcherBeat
 from entropy_monitor.watcher.channel import ControlChannel
-from entropy_monitor.watcher.follow import JoinedStep, watch_frames
+from entropy_monitor.watcher.follow import REMEMBERED_STEPS, JoinedStep, watch_frames
 from entropy_monitor.watcher.judge import Judge
 from entropy_monitor.watcher.measure import FrameMeasurements, measure_frames
 from entropy_monitor.watcher.row import metrics_row, table_layout
@@ -54,10 +54,10 @@ def watch(
     with WatcherLock(run.objects), WatcherBeat(run.objects, options.control) as beat:
         table, events, channel = MetricsWriter(run.objects), EventLog(run.objects), ControlChannel(run)
         judge = Judge(run, options.control, channel, gapt or {})
-        tail = read_tail(run.objects)
+        tail = read_tail(run.objects, REMEMBERED_STEPS)
         if tail:
-            judge.resume(last_row := _last_row(tail))
-            beat.reached(int(last_row["step"]), table.cursor, judge.regime)
+            judge.resume(_last_row(tail))
+            beat.reached(judge.last_step, table.cursor, judge.regime)
         for joined in watch_frames(
             run,
             stop_event,
@@ -75,13 +75,15 @@ def watch(
                     transition = decision.transition
                     weight = judge.gate.options.weight
                     channel.command(joined.attempt, transition.step, transition.phase, weight, transition.reason)
-            # The row comes last: killed before it, a restarted watcher finds event and command done, and repeats neither.
-            layout = table_layout(judge.layers, verdict.scalars, max(judge.world_size, 1 + max(joined.source)))
+            # The row comes last: killed before it, a restarted watcher finds event and command done, repeating none.
+            layers = judge.layers(joined, measured.measurements)
+            layout = table_layout(layers, verdict.scalars, max(judge.world_size, 1 + max(joined.source)))
             table.append(layout, metrics_row(joined, measured.measurements, verdict.scalars, layout))
             num_rows += 1
             beat.fault({**joined.faults, **measured.faults})
             beat.control("suspended" if options.control == "auto" and channel.is_suspended else options.control)
-            beat.measured(joined.step, table.cursor, verdict.regime, time.time() - verdict.scalars["wall_time_s"])
+            beat.lag(time.time() - verdict.scalars["wall_time_s"])
+            beat.reached(judge.last_step, table.cursor, verdict.regime)
     return num_rows
 
 

@@ -23,9 +23,11 @@ class LossFeed:
         self._run = run
         self._readers: dict[int, ScalarsReader] = {}
         self._losses: dict[tuple[int, int], dict[int, float]] = defaultdict(dict)
+        self._newest: dict[int, tuple[int, int]] = {}
+        """Newest (attempt, step) of each rank: an earlier one that is not there by then was lost."""
 
     def take(self, attempt: int, after: int, through: int, ranks: Collection[int]) -> list[tuple[int, float]]:
-        """Steps of an attempt whose scalars all ranks have written.
+        """Steps of an attempt whose scalars all ranks have written, but for those that a rank has lost.
 
         Args:
             attempt: the attempt.
@@ -40,13 +42,17 @@ class LossFeed:
             reader = self._readers.setdefault(rank, ScalarsReader(self._run.objects, rank))
             for row_attempt, rows in reader.read_new():
                 for row in rows:
-                    self._losses[row_attempt, int(row[_STEP])][rank] = float(row[_LOSS])
+                    key = (row_attempt, int(row[_STEP]))
+                    self._losses[key][rank] = float(row[_LOSS])
+                    self._newest[rank] = max(key, self._newest.get(rank, key))
         steps: list[tuple[int, float]] = []
         for key in sorted(key for key in self._losses if key <= (attempt, through)):
             if key[0] == attempt and key[1] > after:
                 losses = self._losses[key]
-                if not all(rank in losses for rank in ranks):
+                if any(rank not in losses and self._newest.get(rank, key) <= key for rank in ranks):
                     break
-                steps.append((key[1], sum(losses[rank] for rank in ranks) / len(ranks)))
+                known = [losses[rank] for rank in ranks if rank in losses]
+                if known:
+                    steps.append((key[1], sum(known) / len(known)))
             del self._losses[key]
         return steps

@@ -26,7 +26,7 @@ from entropy_monitor.store import (
 from entropy_monitor.store.layout import SEGMENT_FRAMES
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Collection, Iterator, Mapping
     from pathlib import Path
     from types import TracebackType
 
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 POLL_S = 0.25
-_REMEMBERED_STEPS = 1024
+REMEMBERED_STEPS = 1024
 """Steps whose sources are kept, so that a late rank's frame can be pooled with the others'."""
 
 
@@ -91,7 +91,9 @@ class Doorbell:
             self._observer = observer
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         """Stop listening."""
         if self._observer is not None:
             self._observer.stop()
@@ -124,10 +126,23 @@ class RankFollower:
         for segment in list_segments(self._objects, self.rank):
             if segment < self._cursor // SEGMENT_FRAMES:
                 continue
-            for seq in list_commits(self._objects, self.rank, segment):
-                if seq > self._cursor:
-                    self._cursor = seq
-                    yield seq
+            for seq in self._commits(segment):
+                self._cursor = seq
+                yield seq
+
+    def _commits(self, segment: int) -> Iterator[int]:
+        """Commits of one segment behind the cursor.
+
+        A directory is not listed in one instant: of two commits of the same moment the listing may have the later one
+        alone. So each number below a listed one is asked for by name.
+
+        Yields:
+            The `seq` of each, ascending.
+        """
+        listed = {seq for seq in list_commits(self._objects, self.rank, segment) if seq > self._cursor}
+        for seq in range(max(SEGMENT_FRAMES * segment, self._cursor + 1), max(listed, default=-1) + 1):
+            if seq in listed or self.reader.is_committed(seq):
+                yield seq
 
 
 class Joiner:
@@ -156,17 +171,19 @@ class Joiner:
     def __len__(self) -> int:
         return len(self._pending)
 
-    def ready(self, now: float, *, at_once: bool) -> Iterator[tuple[tuple[int, int], dict[int, int], tuple[int, ...]]]:
+    def ready(
+        self, now: float, ended: Collection[int], *, at_once: bool
+    ) -> Iterator[tuple[tuple[int, int], dict[int, int], tuple[int, ...]]]:
         """Steps that need wait no longer, in order.
 
         Args:
             now: monotonic time, seconds.
+            ended: ranks that had said goodbye before their commits were last listed.
             at_once: do not wait for missing ranks.
 
         Yields:
             (attempt, step), the ranks' `seq`, and the missing ranks.
         """
-        ended = _ended_ranks(self._run) if self._pending else frozenset()
         for key in sorted(self._pending):
             missing = tuple(rank for rank in self._expected(key) if rank not in self._pending[key])
             # A rank that has committed a later step, or has ended, will never give this one.
@@ -190,7 +207,7 @@ class Joiner:
     def _finish(self, key: tuple[int, int], source: dict[int, int]) -> None:
         self._done[key] = source
         self._last_done = max(self._last_done, key)
-        while len(self._done) > _REMEMBERED_STEPS:
+        while len(self._done) > REMEMBERED_STEPS:
             del self._done[next(iter(self._done))]
 
     def _expected(self, key: tuple[int, int]) -> range:
@@ -230,11 +247,13 @@ def watch_frames(
     bell = run.objects.path / "bell" if run.objects.path is not None else None
     with Doorbell(bell) as doorbell:
         while not stop_event.is_set():
-            last_round = once or _has_ended(run)  # asked before the store is read: what comes after is not missed
+            # Asked before the store is read: whatever a rank committed before it ended is read now.
+            ended, has_ended = _ended_ranks(run)
+            last_round = once or has_ended
             for rank in list_ranks(run.objects):
                 follower = followers.setdefault(rank, RankFollower(run, rank, (cursor or {}).get(rank, -1)))
                 _gather(follower, joiner, faults)
-            for key, source, missing in joiner.ready(time.monotonic(), at_once=last_round):
+            for key, source, missing in joiner.ready(time.monotonic(), ended, at_once=last_round):
                 yield _read_step(followers, key, source, missing, joiner, faults)
                 faults.clear()
                 if stop_event.is_set():
@@ -283,7 +302,9 @@ def _read_step(
             frames.append(frame)
     if missing:
         faults["rank_missing"] += len(missing)
-        logger.warning("step %d of attempt %d is measured without rank %s", key[1], key[0], ", ".join(map(str, missing)))
+        logger.warning(
+            "step %d of attempt %d is measured without rank %s", key[1], key[0], ", ".join(map(str, missing))
+        )
     return JoinedStep(
         attempt=key[0],
         step=key[1],
@@ -295,20 +316,16 @@ def _read_step(
     )
 
 
-def _ended_ranks(run: Run) -> frozenset[int]:
-    attempt = max([0, *list_attempts(run.objects)])
-    beats = read_trainer_heartbeats(run.objects)
-    return frozenset(
-        rank for rank, beat in beats.items() if beat.get("attempt") == attempt and beat.get("state") == "ended"
-    )
-
-
-def _has_ended(run: Run) -> bool:
-    """Whether every rank of the newest attempt has said goodbye.
+def _ended_ranks(run: Run) -> tuple[frozenset[int], bool]:
+    """Ranks of the newest attempt that have said goodbye.
 
     Returns:
-        True when it has.
+        The ranks, and whether they are all.
     """
     attempt = max([0, *list_attempts(run.objects)])
-    world_size = int(read_attempt(run.objects, attempt).get("world_size", 1)) if attempt else 0
-    return attempt > 0 and _ended_ranks(run) >= frozenset(range(world_size))
+    beats = read_trainer_heartbeats(run.objects)
+    ended = frozenset(
+        rank for rank, beat in beats.items() if beat.get("attempt") == attempt and beat.get("state") == "ended"
+    )
+    world_size = int(read_attempt(run.objects, attempt).get("world_size", 1))
+    return ended, attempt > 0 and ended >= frozenset(range(world_size))

@@ -16,7 +16,16 @@ if TYPE_CHECKING:
     from entropy_monitor.types import Measurement, Regime
     from entropy_monitor.watcher.follow import JoinedStep
 
-MEASURED = ("mbe", "mbe_normalized", "mbe_centered", "s1", "s2", "effective_rank", "alignment_activation", "alignment_weight")
+MEASURED = (
+    "mbe",
+    "mbe_normalized",
+    "mbe_centered",
+    "s1",
+    "s2",
+    "effective_rank",
+    "alignment_activation",
+    "alignment_weight",
+)
 """What `measure.measure_frames` gives for each layer."""
 RUN_METRIC = "mbe_normalized"
 """The primary figure, from which regime and controller judge the run."""

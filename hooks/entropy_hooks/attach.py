@@ -13,6 +13,8 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
+from torch.optim import Optimizer
 
 from entropy_hooks.faults import Faults
 from entropy_hooks.monitor import Monitor
@@ -25,9 +27,6 @@ from entropy_monitor.errors import ConfigError, EntropyMonitorError
 from entropy_monitor.store import create_run, trim_vanished_ranks
 
 if TYPE_CHECKING:
-    from torch import nn
-    from torch.optim import Optimizer
-
     from entropy_monitor.config import MonitorOptions
     from entropy_monitor.store import Run
 
@@ -52,9 +51,11 @@ def attach(
         The monitor, also when this model is observed already, or disabled when the run cannot be written.
 
     Raises:
-        ValueError: an option is wrong or names no layer; nothing has been created.
+        ConfigError: an option is wrong (a ValueError, as an unknown layer gives); nothing has been created.
     """
     config = load_config(run=run, hooks=options)
+    _check(model, nn.Module, "model")
+    _check(optimizer, Optimizer, "optimizer")
     inner = unwrap(model)
     if (existing := _monitors.get(inner)) is not None and existing.enabled:
         return existing
@@ -71,12 +72,19 @@ def attach(
         attempt = agree_on_attempt(opened.objects, rank, lambda: _record(target, config.hooks, opened, world_size))
         if rank == 0:
             trim_vanished_ranks(opened.objects, world_size, config.hooks.keep)
-    except EntropyMonitorError as error:
+    except (EntropyMonitorError, OSError, RuntimeError) as error:  # RuntimeError: the process group's store is gone
         faults.count("store_unavailable", error)
         return Monitor(config.hooks, faults)
     monitor = _monitors[inner] = Monitor(config.hooks, faults, opened.objects.url)
     monitor.begin(Session(opened, (attempt, rank), target, config.hooks, monitor.phase_control, faults))
     return monitor
+
+
+def _check(value: object, kind: type, name: str) -> None:
+    if not isinstance(value, kind):
+        raise ConfigError(
+            f"expected {name} to be a torch {kind.__name__}; found {type(value).__name__}: attach(model, optimizer, ...)"
+        )
 
 
 def _record(target: Target, options: MonitorOptions, run: Run, world_size: int) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import threading
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+from torch.autograd.graph import GradientEdge
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,29 +30,37 @@ class BackwardListener(Protocol):
 _lock = threading.Lock()
 _listeners: list[BackwardListener] = []
 _original: Callable[..., None] | None = None
+_ours: Callable[..., None] | None = None
+"""Our wrapper, while it is installed."""
 _depth = 0
 
 
 def listen(listener: BackwardListener) -> None:
     """Tell a listener of every backward pass from now on."""
-    global _original
+    global _original, _ours
     with _lock:
         if not _listeners:
             _original = torch.autograd.backward
-            torch.autograd.backward = _wrap(_original)
+            _ours = torch.autograd.backward = _wrap(_original)
         _listeners.append(listener)
 
 
 def unlisten(listener: BackwardListener) -> None:
     """Stop telling it; the last one to leave restores the original function."""
-    global _original
+    global _original, _ours
     with _lock:
         if listener in _listeners:
             _listeners.remove(listener)
         # If somebody wrapped our wrapper, theirs stays: with no listener left, ours only passes calls on.
-        if not _listeners and _original is not None and getattr(torch.autograd.backward, "_entropy_monitor", False):
+        if not _listeners and _original is not None and torch.autograd.backward is _ours:
             torch.autograd.backward = _original
-            _original = None
+            _original = _ours = None
+
+
+def forget_threads() -> None:
+    """In a forked child: the lock may have been held by a thread that does not exist here."""
+    global _lock
+    _lock = threading.Lock()
 
 
 def _wrap(original: Callable[..., None]) -> Callable[..., None]:
@@ -61,7 +70,10 @@ def _wrap(original: Callable[..., None]) -> Callable[..., None]:
         listeners = tuple(_listeners)
         if not listeners:
             return original(tensors, grad_tensors, *args, **kwargs)
-        roots = (tensors,) if isinstance(tensors, torch.Tensor) else tuple(tensors)
+        if torch.overrides.is_tensor_like(tensors) or isinstance(tensors, GradientEdge):
+            roots = (tensors,)
+        else:
+            roots = tensors = tuple(tensors)  # an iterator can be read only once
         # A reentrant call (checkpointing) is a part of the outer pass, not one of its own.
         outermost = _depth == 0
         if outermost:
@@ -77,5 +89,4 @@ def _wrap(original: Callable[..., None]) -> Callable[..., None]:
                     listener.after_backward()
         return None
 
-    backward._entropy_monitor = True  # type: ignore[attr-defined]
     return backward

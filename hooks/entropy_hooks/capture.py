@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-    from entropy_hooks.tokens import PatchSample
+    from entropy_hooks.loss import LossReading
+    from entropy_hooks.tokens import PatchSample, TokenAxes
 
 
 @dataclass(slots=True)
@@ -16,11 +17,12 @@ class LinearSample:
     """The last linear layer that wrote into a block's output, at the sampled tokens."""
 
     module: torch.nn.Module
-    weight: torch.nn.Parameter
+    weight: torch.Tensor
     transposed: bool
     """The weight is stored ``[d_in, d]`` (Hugging Face `Conv1D`)."""
     inputs: torch.Tensor
-    """Shape ``[n, d_in]``."""
+    """As the layer saw them; ``[n, d_in]`` once the block has ended."""
+    output_shape: torch.Size
     output_gradient: torch.Tensor | None = None
     """Shape ``[n, d]``."""
 
@@ -38,5 +40,9 @@ class Capture:
     """Layer to ``[n, d]``; filled in the backward pass."""
     linears: dict[str, LinearSample] = field(default_factory=dict)
     """Layer to the newest linear layer seen inside it."""
+    axes: dict[str, TokenAxes] = field(default_factory=dict)
+    """Layer to where its tokens lie."""
+    loss: LossReading | None = None
+    """Of this pass."""
     token_ids: torch.Tensor | None = None
     """Shape ``[B, T]``: input of the embedding."""

@@ -28,6 +28,10 @@ class Faults:
             if error is not None:
                 logger.debug("%s", kind, exc_info=error)
 
+    def forget_threads(self) -> None:
+        """In a forked child: the lock may have been held by a thread that does not exist here."""
+        self._lock = threading.Lock()
+
     def snapshot(self) -> dict[str, int]:
         """Counts by kind.
 

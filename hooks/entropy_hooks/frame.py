@@ -9,15 +9,17 @@ import numpy as np
 import torch
 
 from entropy_hooks.tokens import TOKEN_OFFSETS
-from entropy_hooks.weight_space import STATUS_NO_LINEAR, STATUS_STEERED, alignment_parts, undetermined_parts
 from entropy_hooks.writer import FrameJob
 from entropy_monitor.store import FrameData, FrameLayout, GroupLayout
 from entropy_monitor.types import PATCH_LENGTH
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from entropy_hooks.capture import Capture
     from entropy_hooks.faults import Faults
     from entropy_hooks.host import Ring, Slot
+    from entropy_hooks.weight_space import WeightSpace
     from entropy_monitor.config import MonitorOptions
 
 
@@ -32,28 +34,7 @@ class ObservedPass:
     grad_norm: torch.Tensor | None = None
     contaminated: frozenset[str] = frozenset()
     """Layers whose loss gradient holds steering terms: their alignment is undetermined."""
-    parts: dict[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
-    """Per layer ``[16, 3]``, see `types.AlignmentParts`."""
-    info: dict[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
-    """Per layer ``[4]``."""
-
-    def measure_weight_space(self, num_backwards: int) -> None:
-        """Reduce each layer's weight-space alignment, before the optimizer changes or clears the gradients.
-
-        Args:
-            num_backwards: micro-batches behind the accumulated gradients.
-        """
-        assert self.capture.sample is not None
-        batch_patches = self.capture.sample.num_batch_patches * max(1, num_backwards)
-        for layer, activation in self.capture.activations.items():
-            gradient = self.capture.gradients.get(layer)
-            if layer in self.contaminated:
-                reduced = undetermined_parts(STATUS_STEERED, activation.device)
-            elif gradient is None:
-                reduced = undetermined_parts(STATUS_NO_LINEAR, activation.device)
-            else:
-                reduced = alignment_parts(activation, gradient, self.capture.linears.get(layer), batch_patches)
-            self.parts[layer], self.info[layer] = reduced
+    weight_space: WeightSpace | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +64,18 @@ class _Transfer:
         self.add_into(source, target)
         return target
 
+    def add_layers(self, sources: Sequence[torch.Tensor | None], target: torch.Tensor, num_tokens: int) -> None:
+        """Move one tensor ``[n, d]`` a layer into ``target [L, n, d]``; a missing one becomes NaN."""
+        present = [source for source in sources if source is not None]
+        if self.pinned and len(present) == len(sources) and num_tokens == target.shape[1]:
+            self.add_into(torch.stack(present), target)  # one launch and one copy, not L of each
+            return
+        for source, row in zip(sources, target, strict=True):
+            if source is None:
+                row.fill_(float("nan"))
+            else:
+                self.add_into(source, row[:num_tokens])
+
     def add_into(self, source: torch.Tensor, target: torch.Tensor) -> None:
         self.sources.append(source)
         self.targets.append(target)
@@ -108,12 +101,12 @@ class FrameAssembler:
         capture = observed.capture
         assert capture.sample is not None
         groups = _groups(capture, self._options.patches * PATCH_LENGTH)
-        with_alignment = bool(observed.parts)
+        weight_space = observed.weight_space
         layout = FrameLayout(
             groups=groups,
             gradients=self._options.gradients,
             token_window=len(TOKEN_OFFSETS) if capture.token_ids is not None else 0,
-            alignment_layers=tuple(observed.parts) if with_alignment else (),
+            alignment_layers=tuple(weight_space.parts) if weight_space is not None else (),
         )
         device = next(iter(capture.activations.values())).device
         transfer = _Transfer(slot, pinned=device.type == "cuda")
@@ -123,9 +116,11 @@ class FrameAssembler:
         ]
         tokens = self._add_tokens(transfer, groups[0].num_tokens, capture) if layout.token_window else None
         alignment = info = None
-        if with_alignment:
-            alignment = transfer.add("alignment", torch.stack(list(observed.parts.values())), torch.float32)
-            info = transfer.add("alignment_info", torch.stack(list(observed.info.values())), torch.float32)
+        if weight_space is not None:
+            parts_LG3 = torch.stack(list(weight_space.parts.values()))
+            info_L4 = torch.stack([weight_space.info[layer] for layer in weight_space.parts])
+            alignment = transfer.add("alignment", parts_LG3, torch.float32)
+            info = transfer.add("alignment_info", info_L4, torch.float32)
         nan = torch.full((), float("nan"), device=device)
         figures = [nan if figure is None else figure.detach().float() for figure in (observed.loss, observed.grad_norm)]
         scalars = transfer.add("scalars", torch.stack([figure.to(device) for figure in figures]), torch.float64)
@@ -154,17 +149,16 @@ class FrameAssembler:
     ) -> torch.Tensor:
         shape = (1 + gradients, len(group.layers), group.num_tokens, group.num_features)
         block = transfer.slot.buffer(name, shape, torch.bfloat16, pinned=transfer.pinned)
-        num_tokens = len(next(iter(observed.capture.activations.values())))
+        activations, recorded = observed.capture.activations, observed.capture.gradients
+        num_tokens = len(activations[group.layers[0]])
         block[:, :, num_tokens:] = 0
-        for index, layer in enumerate(group.layers):
-            transfer.add_into(observed.capture.activations[layer], block[0, index, :num_tokens])
-            if not gradients:
-                continue
-            gradient = observed.capture.gradients.get(layer)
-            if gradient is None or layer in observed.contaminated:
-                block[1, index] = float("nan")  # not the loss gradient: undetermined
-            else:
-                transfer.add_into(gradient / observed.gradient_scale, block[1, index, :num_tokens])
+        transfer.add_layers([activations[layer] for layer in group.layers], block[0], num_tokens)
+        if gradients:
+            # A gradient that is missing, or that holds steering terms, is not the loss gradient: undetermined.
+            clean = [None if layer in observed.contaminated else recorded.get(layer) for layer in group.layers]
+            transfer.add_layers(
+                [_unscaled(gradient, observed.gradient_scale) for gradient in clean], block[1], num_tokens
+            )
         return block
 
     def _add_tokens(self, transfer: _Transfer, num_tokens: int, capture: Capture) -> torch.Tensor:
@@ -173,7 +167,9 @@ class FrameAssembler:
         sample, ids = capture.sample, capture.token_ids
         assert sample is not None
         assert ids is not None
-        if self._options.token_dim == 0 and ids.dim() == 2:
+        if ids.dim() == 1:
+            ids = ids[None]
+        elif ids.dim() == 2 and next(iter(capture.axes.values())).token_dim == 0:
             ids = ids.T
         if tuple(ids.shape) == (sample.num_sequences, sample.sequence_length):
             windows = sample.token_windows(ids)
@@ -185,6 +181,12 @@ class FrameAssembler:
     def _count_non_finite(self, blocks: list[torch.Tensor], step: int) -> None:
         if not all(bool(torch.isfinite(block[0]).all()) for block in blocks):
             self._faults.count("non_finite", f"activations at step {step} hold NaN or infinity: undetermined there")
+
+
+def _unscaled(gradient: torch.Tensor | None, scale: torch.Tensor | float) -> torch.Tensor | None:
+    if gradient is None or (isinstance(scale, float) and scale == 1.0):
+        return gradient
+    return gradient / scale
 
 
 def _groups(capture: Capture, num_tokens: int) -> tuple[GroupLayout, ...]:
@@ -199,4 +201,3 @@ def _groups(capture: Capture, num_tokens: int) -> tuple[GroupLayout, ...]:
 
 def _bits(block: torch.Tensor) -> Any:
     return block.view(torch.int16).numpy().view(np.uint16)
-

@@ -26,18 +26,18 @@ class LossReading:
     """Several loss terms are added: their common scale may differ from any one term's."""
 
 
-def read_loss(roots: tuple[torch.Tensor, ...], gradients: Any) -> LossReading:
+def read_loss(roots: tuple[Any, ...], gradients: Any) -> LossReading:
     """Walk from the root through multiplications and divisions by constants.
 
     Args:
-        roots: tensors that ``backward`` was called with.
+        roots: tensors (or graph edges) that ``backward`` was called with.
         gradients: its ``grad_tensors``.
 
     Returns:
         The loss and its scale. Nothing is synchronised: both may live on the device.
     """
     root = roots[0]
-    if len(roots) != 1 or root.numel() != 1:
+    if len(roots) != 1 or not isinstance(root, torch.Tensor) or root.numel() != 1:
         return LossReading(None, 1.0, ambiguous=True)
     factor, ambiguous = _constant_factor(root.grad_fn)
     value = root.detach().reshape(())
@@ -50,8 +50,8 @@ def read_loss(roots: tuple[torch.Tensor, ...], gradients: Any) -> LossReading:
 def _constant_factor(node: Any) -> tuple[torch.Tensor | float, bool]:
     factor: torch.Tensor | float = 1.0
     for _ in range(_MAX_DEPTH):
-        name = node.name() if node is not None else ""
-        if name not in {"MulBackward0", "DivBackward0", "AddBackward0", "SubBackward0"}:
+        name = "" if node is None else node.name()
+        if node is None or name not in {"MulBackward0", "DivBackward0", "AddBackward0", "SubBackward0"}:
             break
         branches = [parent for parent, _ in node.next_functions if parent is not None]
         if len(branches) != 1:

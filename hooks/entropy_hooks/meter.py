@@ -24,7 +24,9 @@ class Meter:
             self._entered = time.perf_counter()
         self._depth += 1
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         """Our code ends."""
         self._depth -= 1
         if self._depth == 0:

@@ -8,6 +8,7 @@ import weakref
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Self
 
+from entropy_hooks import backward
 from entropy_hooks.phase import PhaseControl
 
 if TYPE_CHECKING:
@@ -111,21 +112,30 @@ class Monitor:
         """Start an attachment; `attach` calls this once."""
         self._session = session
         session.start()
-        atexit.register(self._close, EXIT_TIMEOUT_S)
+        atexit.register(self.close, EXIT_TIMEOUT_S)
         _live.add(self)
 
     def detach(self) -> None:
         """Remove every hook, write what is queued and say goodbye; calling it again does nothing."""
-        self._close(DETACH_TIMEOUT_S)
+        self.close(DETACH_TIMEOUT_S)
 
-    def _close(self, timeout_s: float) -> None:
+    def close(self, timeout_s: float) -> None:
+        """`detach`, with a limit on how long the disk may take."""
         session = self._session
         if session is None:
             return
-        atexit.unregister(self._close)
+        atexit.unregister(self.close)
         session.close(timeout_s)
         self._last_stats = self.stats()
         self._session = None
+
+    def leave_to_parent(self) -> None:
+        """In a forked child: remove the hooks and nothing else; threads, queue and run are the parent's."""
+        self._faults.forget_threads()
+        session, self._session = self._session, None
+        if session is not None:
+            atexit.unregister(self.close)
+            session.remove_hooks()
 
     def __enter__(self) -> Self:
         """`attach` has done everything already.
@@ -135,7 +145,9 @@ class Monitor:
         """
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         """Detach."""
         self.detach()
 
@@ -144,8 +156,9 @@ _live: weakref.WeakSet[Monitor] = weakref.WeakSet()
 
 
 def _leave_to_parent() -> None:
+    backward.forget_threads()
     for monitor in list(_live):
-        monitor._close(0.0)
+        monitor.leave_to_parent()
 
 
 # A forked child (a DataLoader worker) has the hooks but none of the threads.

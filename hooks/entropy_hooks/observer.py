@@ -60,7 +60,7 @@ class Observer:
         self.num_tokens = 0
         """Tokens of the forward passes since the last optimizer step; 0 without an embedding."""
         self._hooked: set[str] = set()
-        self._running: dict[str, dict[int, tuple[nn.Module, torch.Tensor, torch.Tensor]]] = {}
+        self._running: dict[str, dict[int, LinearSample]] = {}
         self._handles: list[RemovableHandle] = []
         self._linear_handles: dict[tuple[str, nn.Module], RemovableHandle] = {}
         self._install(model, taps)
@@ -112,8 +112,8 @@ class Observer:
     # ---- passes ------------------------------------------------------------------------------------------------------
 
     def _enter_forward(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if not torch.is_grad_enabled():
-            return  # evaluation
+        if not torch.is_grad_enabled() or self.passes.in_backward:
+            return  # evaluation, or a checkpoint around the whole model that runs it again
         self.passes.enter_forward()
         self._hooked.clear()
         self._running.clear()
@@ -123,12 +123,15 @@ class Observer:
     def _leave_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self.passes.leave_forward()
 
-    def before_backward(self, roots: tuple[torch.Tensor, ...], gradients: Any) -> None:
+    def before_backward(self, roots: tuple[Any, ...], gradients: Any) -> None:
         """A backward pass from `roots` begins; see `backward.BackwardListener`."""
         with self._meter:
             try:
                 if self.passes.enter_backward():
+                    self.loss = None
                     self.loss = read_loss(roots, gradients)
+                    if self.capture is not None and self.passes.is_last():
+                        self.capture.loss = self.loss
             except Exception as error:
                 self._faults.count("hook_error", error)
 
@@ -150,7 +153,8 @@ class Observer:
     def _keep_only_last_linears(self, capture: Capture) -> None:
         """After the first observed pass it is known which linear layer writes into each block: unhook the others."""
         last = {(name, linear.module) for name, linear in capture.linears.items()}
-        for key in [key for key in self._linear_handles if key not in last]:
+        # A block that was skipped in this pass (layer dropout) has yet to show which of its layers it is.
+        for key in [key for key in self._linear_handles if key[0] in capture.linears and key not in last]:
             self._linear_handles.pop(key).remove()
 
     # ---- observation -------------------------------------------------------------------------------------------------
@@ -165,8 +169,15 @@ class Observer:
                 capture.token_ids = args[0].detach()
 
     def _see_linear(self, layer: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self._capturing() is not None and isinstance(output, torch.Tensor) and isinstance(args[0], torch.Tensor):
-            self._running.setdefault(layer, {})[output.shape[-1]] = (module, args[0].detach(), output)
+        capture, recognised = self._capturing(), writes_features(module)
+        if capture is None or recognised is None or not args or not isinstance(output, torch.Tensor):
+            return
+        weight, _, transposed = recognised
+        linear = LinearSample(module, weight, transposed, args[0].detach(), output.shape)
+        self._running.setdefault(layer, {})[output.shape[-1]] = linear
+        if output.requires_grad:  # hooked now: by the end of the block it may have been written into in place
+            store = functools.partial(setattr, linear, "output_gradient")
+            output.register_hook(self._recorder(capture, layer, lambda: capture.linears.get(layer) is linear, store))
 
     def _see_output(self, layer: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         z = first_tensor(output)
@@ -184,7 +195,7 @@ class Observer:
         # other kind has been hooked before, and its second run is not looked at.
         if z.requires_grad and not (recomputed and layer in self._hooked):
             self._hooked.add(layer)
-            self._hook_gradient(layer, z, axes)
+            self._hook_gradient(layer, z)
             if self.weight and layer in self._injectors:
                 self._injectors[layer].attach_to(z, axes)
 
@@ -194,7 +205,8 @@ class Observer:
             return
         sequences = axes.sequences(z.detach())
         if capture.sample is None:
-            capture.sample = draw_patches(*sequences.shape[:2], self._options.patches, self._generator, z.device)
+            num_sequences, length, _ = sequences.shape
+            capture.sample = draw_patches(num_sequences, length, self._options.patches, self._generator, z.device)
         if capture.sample is None:
             capture.too_short = True
             self._faults.count("batch_too_short", f"expected 8 tokens or more; found {sequences.shape[1]} in {layer}")
@@ -203,43 +215,38 @@ class Observer:
             self._faults.count("other_tokens", f"{layer} has other tokens than the first tapped layer: left out")
             return
         capture.activations[layer] = capture.sample.select(sequences)
+        capture.axes[layer] = axes
         self._sample_linear(capture, layer, z, axes)
 
     def _sample_linear(self, capture: Capture, layer: str, z: torch.Tensor, axes: TokenAxes) -> None:
-        candidate = self._running.pop(layer, {}).get(z.shape[-1])
-        if candidate is None or capture.sample is None:
+        linear = self._running.pop(layer, {}).get(z.shape[-1])
+        if linear is None or capture.sample is None or linear.output_shape != z.shape:
             return
-        module, inputs, output = candidate
-        recognised = writes_features(module)
-        if recognised is None or output.shape != z.shape or not _fits(capture.sample, axes.sequences(inputs)):
-            return
-        weight, _, transposed = recognised
-        linear = LinearSample(module, weight, transposed, capture.sample.select(axes.sequences(inputs)))
-        capture.linears[layer] = linear
-        if output.requires_grad:
-            output.register_hook(self._recorder(capture, axes, functools.partial(setattr, linear, "output_gradient")))
+        inputs = axes.sequences(linear.inputs)
+        if _fits(capture.sample, inputs):
+            linear.inputs = capture.sample.select(inputs)
+            capture.linears[layer] = linear
 
-    def _hook_gradient(self, layer: str, z: torch.Tensor, axes: TokenAxes) -> None:
+    def _hook_gradient(self, layer: str, z: torch.Tensor) -> None:
         capture = self.capture
-        if not self._options.gradients or capture is None or layer not in capture.activations:
+        # A pass behind the captured one (the number of micro-batches has changed) must not overwrite its gradients.
+        if not self._options.gradients or capture is None or not self.passes.is_last():
             return
-        sampled = capture.activations[layer]
-
-        def store(gradient: torch.Tensor) -> None:
-            if capture.activations[layer] is sampled:  # a layer that runs twice is observed in its last run
-                capture.gradients[layer] = gradient
-
-        z.register_hook(self._recorder(capture, axes, store))
+        if (sampled := capture.activations.get(layer)) is None:
+            return
+        # A layer that runs twice is observed in its last run.
+        store = functools.partial(capture.gradients.__setitem__, layer)
+        z.register_hook(self._recorder(capture, layer, lambda: capture.activations.get(layer) is sampled, store))
 
     def _recorder(
-        self, capture: Capture, axes: TokenAxes, store: Callable[[torch.Tensor], None]
+        self, capture: Capture, layer: str, wanted: Callable[[], bool], store: Callable[[torch.Tensor], None]
     ) -> Callable[[torch.Tensor], None]:
         def record(gradient: torch.Tensor) -> None:
-            if capture is not self.capture or not self.passes.in_backward or capture.sample is None:
+            if capture is not self.capture or not self.passes.in_backward or capture.sample is None or not wanted():
                 return  # `torch.autograd.grad`, or the graph of an older pass
             with self._meter:
                 try:
-                    store(capture.sample.select(axes.sequences(gradient.detach())))
+                    store(capture.sample.select(capture.axes[layer].sequences(gradient.detach())))
                 except Exception as error:
                     self._faults.count("hook_error", error)
 

@@ -43,7 +43,9 @@ class PhaseControl:
             pending = pulse.pending.popleft()
             command = pending.command
             if time.time() > command.issued_at + command.expires_after_s:
-                pulse.answer(pending.number, "expired", step, "expired while waiting for a step boundary: send it again")
+                pulse.answer(
+                    pending.number, "expired", step, "expired while waiting for a step boundary: send it again"
+                )
             elif pulse.answer(pending.number, "applied", step, _describe(pending)):
                 self._apply(pending)
 

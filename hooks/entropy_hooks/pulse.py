@@ -93,20 +93,20 @@ class Pulse:
     def _work(self) -> None:
         next_beat = time.monotonic() + PERIOD_S
         while not self._stop.wait(COMMAND_PERIOD_S):
+            due = time.monotonic() >= next_beat
+            if due:  # first: commands that cannot be read must not make the trainer look dead
+                self._beat()
+                next_beat = time.monotonic() + PERIOD_S
             try:
-                due = time.monotonic() >= next_beat
                 self._read_commands(look_for_gaps=due)
-                if due:
-                    self._beat()
-                    next_beat = time.monotonic() + PERIOD_S
             except Exception as error:  # the next round tries again
-                self._faults.count("pulse_failed", error)
-                self._stop.wait(PERIOD_S)
+                self._faults.count("commands_unreadable", error)
+                self._stop.wait(PERIOD_S / 2)
 
     def _beat(self) -> None:
         try:
             write_heartbeat(self._objects, f"r{self._rank:05d}", self._fields())
-        except OSError as error:
+        except Exception as error:  # the next beat tries again
             self._faults.count("heartbeat_failed", error)
 
     def _read_commands(self, *, look_for_gaps: bool) -> None:
@@ -127,11 +127,11 @@ class Pulse:
         step = int(self._fields()["step"])
         try:
             command = parse_command(value)
-        except ValueError as error:
+            refused = refusal(command, number, self._run_id, self._key, time.time())
+        except Exception as error:  # anybody may have written that file: judged once, whatever it holds
             self._faults.count("malformed_command", error)
             self.answer(number, "rejected", step, str(error))
             return
-        refused = refusal(command, number, self._run_id, self._key, time.time())
         if refused is not None:
             status, detail = refused
             if status == "rejected":
@@ -141,4 +141,3 @@ class Pulse:
             self.answer(number, "rejected", step, "observe-only: start the trainer with steer=True to allow commands")
         else:
             self.pending.append(Pending(number, command))
-

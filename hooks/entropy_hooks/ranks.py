@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
@@ -77,7 +78,7 @@ def agree_on_attempt(objects: Objects, rank: int, record: Callable[[], dict[str,
 
 
 def _through_process_group(objects: Objects, rank: int, record: Callable[[], dict[str, Any]], key: str) -> int:
-    store = dist.distributed_c10d._get_default_store()
+    store = dist.distributed_c10d._get_default_store()  # pyright: ignore[reportPrivateUsage]
     if rank == 0:
         number = claim_attempt(objects, {**record(), "launch_id": launch_id()})
         store.set(key, str(number))
@@ -85,7 +86,9 @@ def _through_process_group(objects: Objects, rank: int, record: Callable[[], dic
     deadline = time.monotonic() + _JOIN_TIMEOUT_S
     while not store.check([key]):
         if time.monotonic() > deadline:
-            raise StoreError(f"expected rank 0 to attach within {_JOIN_TIMEOUT_S:.0f} s; it did not: attach on every rank")
+            raise StoreError(
+                f"expected rank 0 to attach within {_JOIN_TIMEOUT_S:.0f} s; it did not: attach on every rank"
+            )
         time.sleep(0.02)
     return int(store.get(key))
 
@@ -98,7 +101,9 @@ def _through_attempt_file(objects: Objects, launch: str) -> int:
         if found is not None and _is_running(int(found.get("pid", 0)), found.get("process_started")):
             return int(found["attempt"])
         if time.monotonic() > deadline:
-            raise StoreError(f"expected rank 0 to attach within {_JOIN_TIMEOUT_S:.0f} s; it did not: attach on every rank")
+            raise StoreError(
+                f"expected rank 0 to attach within {_JOIN_TIMEOUT_S:.0f} s; it did not: attach on every rank"
+            )
         time.sleep(0.02)
 
 
@@ -109,10 +114,10 @@ def process_started(pid: int) -> str | None:
         The ticks, or None where ``/proc`` does not say.
     """
     try:
-        with open(f"/proc/{pid}/stat", encoding="utf-8") as file:
-            return file.read().rpartition(")")[2].split()[19]
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8")
     except OSError:
         return None
+    return stat.rpartition(")")[2].split()[19]
 
 
 def _is_running(pid: int, started: str | None) -> bool:

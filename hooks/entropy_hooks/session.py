@@ -17,6 +17,7 @@ from entropy_hooks.meter import Meter
 from entropy_hooks.observer import Observer
 from entropy_hooks.pulse import Pulse
 from entropy_hooks.scalars import ScalarsBatch
+from entropy_hooks.weight_space import reduce_layers
 from entropy_hooks.writer import Writer
 from entropy_monitor.types import PHASES
 
@@ -82,7 +83,6 @@ class Session:
             target.optimizer.register_step_pre_hook(self._guard(self._before_step)),
             target.optimizer.register_step_post_hook(self._guard(self._after_step)),
         ]
-        self._pid = os.getpid()
 
     def start(self) -> None:
         """Start the threads, and sample the first step if it is due."""
@@ -96,15 +96,17 @@ class Session:
         Args:
             timeout_s: how long the disk may take; what is left then is counted as dropped.
         """
-        for handle in self._handles:
-            handle.remove()
-        self._observer.remove()
-        if os.getpid() != self._pid:
-            return  # a forked child: the threads and the queue are its parent's
+        self.remove_hooks()
         self._send_scalars()
         self.writer.stop(timeout_s)
         self._ended = True
         self._pulse.stop(timeout_s)
+
+    def remove_hooks(self) -> None:
+        """Leave model, optimizer and autograd as they were."""
+        for handle in self._handles:
+            handle.remove()
+        self._observer.remove()
 
     def _guard(self, hook: Callable[[], None]) -> Callable[..., None]:
         def guarded(*args: Any) -> None:
@@ -119,28 +121,45 @@ class Session:
     # ---- the step boundary -------------------------------------------------------------------------------------------
 
     def _before_step(self) -> None:
-        """The gradients are accumulated and unscaled, and the optimizer has not used them yet."""
+        """The gradients are accumulated and unscaled, and the optimizer has not used them yet.
+
+        A closure runs the passes after this; then the gradients are looked at when the step has ended.
+        """
         capture = self._observer.capture
-        if not self._observer.sampling or capture is None or not capture.activations:
+        if not self._observer.sampling or capture is None or capture.sample is None or not capture.activations:
             return
-        observed = ObservedPass(capture)
+        observed = self._observed = ObservedPass(capture)  # kept whatever part of it fails below
         if self._observer.weight:
             observed.contaminated = self._target.contaminated
-        if (loss := self._observer.loss) is not None:
+        if (loss := capture.loss) is not None:
             observed.loss, observed.gradient_scale = loss.loss, loss.scale
         gradients = [
-            parameter.grad
+            parameter.grad.coalesce().values() if parameter.grad.is_sparse else parameter.grad
             for group in self._target.optimizer.param_groups
             for parameter in group["params"]
             if parameter.grad is not None
         ]
         observed.grad_norm = torch.nn.utils.get_total_norm(gradients) if gradients else None
         if self._options.gradients and self._options.weight_alignment:
-            observed.measure_weight_space(self._observer.passes.count)
-        self._observed = observed
+            batch_patches = capture.sample.num_batch_patches * max(1, self._observer.passes.count)
+            observed.weight_space = reduce_layers(capture, observed.contaminated, batch_patches)
 
     def _after_step(self) -> None:
         """One optimizer step is done: record it, then apply what was commanded, then begin the next."""
+        try:
+            self._record_step()
+        finally:  # whatever could not be recorded, the steps go on being counted
+            self._observed = None
+            self._observer.end_step()
+            self.step += 1
+            self._last_step_at = time.time()
+            self.meter.step()
+            self._phase.apply_pending(self._pulse, self.step)
+            self._begin_step()
+
+    def _record_step(self) -> None:
+        if self._observed is None:
+            self._before_step()
         now = time.time()
         lr = self._learning_rate()
         loss = self._observer.loss
@@ -162,13 +181,6 @@ class Session:
             self._send_frame(now, lr)
         elif self._scalars.due:
             self._send_scalars()
-        self._observed = None
-        self._observer.end_step()
-        self.step += 1
-        self._last_step_at = now
-        self.meter.step()
-        self._phase.apply_pending(self._pulse, self.step)
-        self._begin_step()
 
     def _begin_step(self) -> None:
         self._observer.sampling = self.step % self._options.every == 0

@@ -46,7 +46,9 @@ class Injector:
                     return None
                 if early is None and seen._version != version:
                     self._early = True
-                    self._on_fault("modified_in_place", "the model overwrites a steered activation: this pass unsteered")
+                    self._on_fault(
+                        "modified_in_place", "the model overwrites a steered activation: this pass unsteered"
+                    )
                     return None
                 addition = batch_entropy_gradient(seen, axes) if early is None else early
                 return gradient + (scale * addition).to(gradient.dtype)

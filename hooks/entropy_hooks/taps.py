@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from entropy_monitor.errors import ConfigError
+
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -20,7 +22,11 @@ def unwrap(model: nn.Module) -> nn.Module:
     """
     while True:
         inner = getattr(model, "_orig_mod", None)
-        if inner is None and type(model).__name__ in {"DistributedDataParallel", "DataParallel", "FullyShardedDataParallel"}:
+        if inner is None and type(model).__name__ in {
+            "DistributedDataParallel",
+            "DataParallel",
+            "FullyShardedDataParallel",
+        }:
             inner = getattr(model, "module", None)
         if not isinstance(inner, nn.Module):
             return model
@@ -39,7 +45,7 @@ def find_taps(model: nn.Module, layers: Sequence[str] | None) -> dict[str, nn.Mo
         Name to module, in model order.
 
     Raises:
-        ValueError: a name or glob matches nothing, or the model has no submodules.
+        ConfigError: a name or glob matches nothing, or the model has no submodules.
     """
     if layers is not None:
         return _matching(model, layers)
@@ -47,9 +53,9 @@ def find_taps(model: nn.Module, layers: Sequence[str] | None) -> dict[str, nn.Mo
     if blocks:
         return blocks
     recurrent = {name: module for name, module in model.named_modules() if isinstance(module, nn.RNNBase)}
-    taps = recurrent or dict(model.named_children())
+    taps: dict[str, nn.Module] = {**recurrent} or dict(model.named_children())
     if not taps:
-        raise ValueError(
+        raise ConfigError(
             f"expected a model with submodules to observe; found {type(model).__name__} without any: give its parent"
         )
     return taps
@@ -69,8 +75,9 @@ def _matching(model: nn.Module, layers: Sequence[str]) -> dict[str, nn.Module]:
     chosen = {name for pattern in layers for name in modules if fnmatchcase(name, pattern)}
     missing = [pattern for pattern in layers if not any(fnmatchcase(name, pattern) for name in modules)]
     if missing or not chosen:
-        names = ", ".join(list(modules)[:12])
-        raise ValueError(f"expected layers named like {', '.join(missing) or 'a module'}; found only {names}, ...")
+        raise ConfigError(
+            f"expected layers among {_some(modules)}; found {', '.join(missing) or 'no name'}: correct the names or globs"
+        )
     return {name: module for name, module in modules.items() if name in chosen}
 
 
@@ -91,9 +98,18 @@ def steered_layers(taps: Sequence[str], chosen: Sequence[str] | None) -> tuple[s
         quarter = len(taps) // 4
         return tuple(taps[quarter : len(taps) - quarter])
     names = tuple(name for name in taps if any(fnmatchcase(name, pattern) for pattern in chosen))
-    if not names:
-        raise ValueError(f"expected steer_layers among {', '.join(taps)}; found {', '.join(chosen)}: correct the names")
+    missing = [pattern for pattern in chosen if not any(fnmatchcase(name, pattern) for name in taps)]
+    if missing or not names:
+        raise ConfigError(
+            f"expected steer_layers among the tapped {_some(taps)}; found {', '.join(missing) or 'no name'}: "
+            "correct the names or globs"
+        )
     return names
+
+
+def _some(names: Collection[str]) -> str:
+    shown = list(names)[:12]
+    return ", ".join(shown) + (f" and {len(names) - len(shown)} more" if len(names) > len(shown) else "")
 
 
 def first_tensor(output: Any) -> torch.Tensor | None:

@@ -71,8 +71,14 @@ def axes_of(module: nn.Module, z: torch.Tensor, token_dim: int | None) -> TokenA
     if z.dim() not in (2, 3):
         return None
     if token_dim is None:
-        token_dim = 1 if getattr(module, "batch_first", True) else 0
+        token_dim = 1 if _batch_first(module) else 0
     return TokenAxes(token_dim=token_dim)
+
+
+def _batch_first(module: nn.Module) -> bool:
+    """The module's own ``batch_first``, or that of a layer in it: a transformer layer keeps it in its attention."""
+    declared = (getattr(inner, "batch_first", None) for inner in module.modules())
+    return next((value for value in declared if isinstance(value, bool)), True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +91,8 @@ class PatchSample:
     """Shape ``[n]``, on the device: which sequence."""
     position: torch.Tensor
     """Shape ``[n]``: where in it."""
+    flat: torch.Tensor
+    """Shape ``[n]``: row of the batch seen as ``[B * T, d]``."""
     num_patches: int
 
     @property
@@ -102,8 +110,7 @@ class PatchSample:
             A new tensor ``[n, d]``.
         """
         if sequences.is_contiguous():
-            flat = self.sequence * self.sequence_length + self.position
-            return sequences.view(-1, sequences.shape[-1]).index_select(0, flat)
+            return sequences.view(-1, sequences.shape[-1]).index_select(0, self.flat)
         return sequences[self.sequence, self.position]
 
     def token_windows(self, ids: torch.Tensor) -> torch.Tensor:
@@ -147,8 +154,9 @@ def draw_patches(
     starts = order[shuffled].T.reshape(-1)[:patches] * PATCH_LENGTH
     sequence = shuffled.repeat(per_sequence)[: len(starts)]
     position = (starts[:, None] + torch.arange(PATCH_LENGTH)).reshape(-1)
-    both = torch.stack([sequence.repeat_interleave(PATCH_LENGTH), position])
+    sequence = sequence.repeat_interleave(PATCH_LENGTH)
+    indices = torch.stack([sequence, position, sequence * sequence_length + position])
     if device.type == "cuda":
-        both = both.pin_memory()  # from pageable memory the copy would wait for the device
-    both = both.to(device, non_blocking=True)
-    return PatchSample(num_sequences, sequence_length, both[0], both[1], len(starts))
+        indices = indices.pin_memory()  # from pageable memory the copy would wait for the device
+    indices = indices.to(device, non_blocking=True)
+    return PatchSample(num_sequences, sequence_length, indices[0], indices[1], indices[2], len(starts))

@@ -6,6 +6,7 @@ and dropped.
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 import time
@@ -55,6 +56,8 @@ class Writer:
         self._queue: queue.SimpleQueue[FrameJob | ScalarsJob | None] = queue.SimpleQueue()
         self._idle = threading.Condition()
         self._pending = 0
+        """Jobs submitted and not yet done with."""
+        self._pending_frames = 0
         self._superseded = False
         self._frames: FrameWriter | None = None
         self._scalars: ScalarsWriter | None = None
@@ -87,11 +90,13 @@ class Writer:
             return
         with self._idle:
             self._pending += 1
+            self._pending_frames += isinstance(job, FrameJob)
         self._queue.put(job)
 
     def drop(self) -> None:
         """Count a frame that could not even be handed over."""
-        self.dropped += 1
+        with self._idle:
+            self.dropped += 1
 
     def flush(self, timeout_s: float) -> bool:
         """Wait until everything submitted is in the store.
@@ -108,8 +113,13 @@ class Writer:
     def stop(self, timeout_s: float) -> None:
         """Write what is queued and end the thread; what is left after the time counts as dropped."""
         if not self.flush(timeout_s):
-            self._faults.count("flush_timeout", f"{self._pending} records were not written within {timeout_s:.0f} s")
-            self.dropped += self._pending
+            if self.alive:
+                self._faults.count("flush_timeout", f"{self._pending} records were not written within {timeout_s:.0f} s")
+            with contextlib.suppress(queue.Empty):  # what counts as dropped must not be written behind the goodbye
+                while True:
+                    self._queue.get_nowait()
+            with self._idle:
+                self.dropped += self._pending_frames
         self._queue.put(None)
         self._thread.join(1.0)
 
@@ -128,12 +138,17 @@ class Writer:
             except Exception as error:  # disk full, read-only, ...: counted, and the next frame is tried afresh
                 self._faults.count("write_failed", error)
                 self._give_up(job)
+            except BaseException as error:  # nothing that a thread can be told to do may end the training job
+                self._faults.count("writer_dead", error)
+                self._give_up(job)
+                return
             else:
                 if isinstance(job, FrameJob):
                     self._ring.release(job.slot)
             finally:
                 with self._idle:
                     self._pending -= 1
+                    self._pending_frames -= isinstance(job, FrameJob)
                     self._idle.notify_all()
 
     def _write_scalars(self, job: ScalarsJob) -> None:
@@ -167,5 +182,5 @@ class Writer:
 
     def _give_up(self, job: FrameJob | ScalarsJob) -> None:
         if isinstance(job, FrameJob):
-            self.dropped += 1
+            self.drop()
             self._ring.release(job.slot)

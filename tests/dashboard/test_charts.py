@@ -23,7 +23,7 @@ from .synthetic_run import SyntheticRun
 DATASETS = {
     charts.loss: {"bands", "span", "ce", "commands"},
     charts.entropy: {"bands", "span", "entropy", "layers", "commands"},
-    charts.alignment: {"span", "image", "tips", "scale"},
+    charts.alignment: {"span", "image_below", "image_above", "tips", "scale"},
 }
 
 
