@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 _PREFIX = "regime_"
+_JUMP_SPREAD = 3.0
+"""Standard deviations that a jump counts for when the noise is learned."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +38,8 @@ class RegimeOptions:
     """Slope, in standard errors, below which it is left."""
     min_slope: float = 1e-6
     """Slope, in nats a sample, below which nothing moves, however small the noise."""
+    jump: float = 8.0
+    """Distance from the running line, in standard deviations, beyond which the line begins again."""
     max_missing: int = 5
     """Undetermined samples in a row after which the detector starts afresh."""
 
@@ -47,6 +51,7 @@ class RegimeOptions:
             "enter": (0 < self.enter < math.inf, "a positive number"),
             "leave": (0 <= self.leave <= self.enter, "0 to enter"),
             "min_slope": (0 <= self.min_slope < math.inf, "0 or a positive number"),
+            "jump": (self.jump > 1, "more than 1"),
             "max_missing": (self.max_missing >= 1, "at least 1"),
         }
         for name, (valid, expected) in rules.items():
@@ -106,7 +111,8 @@ def update_regime(
     The slope is an EMA of the change of an EMA. For white noise of variance v and weight ``a = 1 / smoothing_samples``
     its standard error is ``sqrt(2 v (a / (2 - a))^3)``. v is learned from the residuals about the running line, so that
     a trend does not count as noise; it is raised by ``(1 + r) / (1 - r)`` for a positive lag-1 correlation r of theirs,
-    as slow noise feigns slopes, and is never taken below the measurement's own variance.
+    as slow noise feigns slopes, and is never taken below the measurement's own variance. Farther than ``jump`` standard
+    deviations from the line, the line begins again at the sample.
 
     A regime is entered at ``enter`` standard errors and kept until the slope falls below ``leave``; then, as before
     ``min_samples``, it is undetermined. A value that is not finite leaves the regime as it is, and ``max_missing`` of
@@ -153,18 +159,30 @@ def _learn(state: RegimeState, value: float, std_error: float | None, options: R
         return replace(state, num_samples=1, level=value)
     # Plain means at first: an EMA would keep the first sample's noise for long.
     weight = max(1 / options.smoothing_samples, 1 / count)
-    noise_weight = max(1 / options.noise_samples, 1 / (count - 1))
+    square = std_error**2 if std_error is not None and math.isfinite(std_error) else state.measurement_variance
+    # Known errors are what the noise starts from. Without them its first samples are a plain mean.
+    known = square > 0
+    noise_weight = 1 / options.noise_samples if known else max(1 / options.noise_samples, 1 / (count - 1))
+    variance = square if known and count == 2 else state.variance
+    noise = math.sqrt(max(variance, square))
     level = state.level + weight * (value - state.level)
+    slope = state.slope + weight * (level - state.level - state.slope)
     # The level lags behind a line by slope / weight.
     residual = value - state.level - state.slope / weight
-    square = std_error**2 if std_error is not None and math.isfinite(std_error) else state.measurement_variance
+    if noise and abs(residual) > options.jump * noise:
+        # A jump, such as the fall at the start of training, is neither noise nor trend: begin again where it led. Noise
+        # grows a little, so that errors stated far too small do not make a jump of every sample for ever.
+        level, slope, residual = value, 0.0, 0.0
+        spread = (_JUMP_SPREAD * noise) ** 2
+    else:
+        spread = residual**2
     return replace(
         state,
         num_samples=count,
         level=level,
-        slope=state.slope + weight * (level - state.level - state.slope),
+        slope=slope,
         residual=residual,
-        variance=state.variance + noise_weight * (residual**2 - state.variance),
+        variance=variance + noise_weight * (spread - variance),
         covariance=state.covariance + noise_weight * (residual * state.residual - state.covariance),
         measurement_variance=state.measurement_variance + noise_weight * (square - state.measurement_variance),
     )

@@ -121,11 +121,11 @@ def test_no_value_in_no_field_ends_in_another_exception(value: Any, field: str) 
     """Whatever is parsed can also be judged, with a key and without."""
     try:
         command = parse_command(encoded(**{field: value}))
-    except ValueError as error:
-        assert str(error).startswith("malformed command: ")
-    else:
-        for key in (None, KEY):
-            refusal(command, 1, "run", key, 150.0)
+    except ValueError:
+        return
+    for key in (None, KEY):
+        refused = refusal(command, 1, "run", key, 150.0)
+        assert refused is None or refused[0] in {"rejected", "expired"}
 
 
 def test_a_command_is_stored_as_it_was_issued(tmp_path: Path) -> None:
@@ -283,7 +283,9 @@ def test_eight_processes_never_give_two_commands_one_number(tmp_path: Path) -> N
     assert sorted(ids) == list(range(1, 201))
     for index, output in enumerate(outputs):
         assert output == sorted(output)
-        stored = [command.command_id for command in list_commands(run.objects) if command.issued_by == f"issuer:{index}"]
+        stored = [
+            command.command_id for command in list_commands(run.objects) if command.issued_by == f"issuer:{index}"
+        ]
         assert stored == output
     assert last_command(run.objects) == 200
 
@@ -294,7 +296,9 @@ def test_four_processes_answer_each_command_once_for_each_rank(tmp_path: Path) -
     won = [tuple(map(int, line.split())) for output in outputs for line in output]
     assert sorted(won) == [(number, rank) for number in range(1, 101) for rank in range(2)]
     acks = {(int(ack.command_id), ack.rank): int(ack.detail) for ack in list_acknowledgements(run.objects)}
-    assert acks == {key: index for index, output in enumerate(outputs) for key in [tuple(map(int, o.split())) for o in output]}
+    assert acks == {
+        key: index for index, output in enumerate(outputs) for key in [tuple(map(int, o.split())) for o in output]
+    }
 
 
 def test_the_first_answer_stands(tmp_path: Path) -> None:

@@ -172,3 +172,13 @@ def test_a_wrong_option_is_named(name, value):
 def test_a_damaged_row_is_refused():
     with pytest.raises(ValueError, match="regime_last_step: expected a whole number, found None"):
         RegimeState.from_row({})
+
+
+def test_a_steep_fall_at_the_start_does_not_blind_the_detector():
+    fall = [1.5, 1.1, 0.6, 0.3, 0.15]
+    ramp = 0.15 + 0.01 * np.arange(40)  # a third of a standard deviation a sample
+    values = np.concatenate([fall, np.full(45, 0.15), ramp]) + noise(90, 3) * 0.03 / noise(1000, 3).std()
+    named = regimes(values, std_error=0.03)
+    assert set(named[40:50]) == {"undetermined"}
+    assert "memorizing" in named[50:75]
+    assert named[-1] == "memorizing"
