@@ -60,7 +60,7 @@ def frame_data(layout: FrameLayout, step: int, *, attempt: int = 1, seed: int = 
         if layout.token_window
         else None,
         "alignment": rng.standard_normal((aligned, 16, 3)).astype(np.float32) if aligned else None,
-        "alignment_info": np.tile(np.float32([1, 4, 16, 0]), (aligned, 1)) if aligned else None,
+        "alignment_info": np.tile(np.float32([1, 4, 16, 1]), (aligned, 1)) if aligned else None,
     }
     return FrameData(**{**fields, **changes})
 

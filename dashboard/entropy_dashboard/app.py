@@ -28,7 +28,6 @@ def main() -> None:
         for page, entry in zip(pages, PAGES, strict=True):
             with st.container(key=f"page_{entry.url_path}"):
                 st.page_link(page, label=entry.title, icon=entry.icon, width="stretch", query_params=_address())
-        st.divider()
         _pick_run()
     chosen.run()
 
@@ -44,17 +43,19 @@ def _pick_run() -> None:
     asked, names = st.query_params.get("run"), list(runs)
     current = session.selected_run(runs)
     assert current is not None
-    # The address leads: a widget's own memory would win over a link that was followed in the same tab.
-    if st.session_state.get("run_picker") != current:
-        st.session_state["run_picker"] = current
-    st.selectbox("Run", names, key="run_picker", on_change=_follow_picker)
+    st.divider()
+    with st.container(key="run_picker"):
+        # Without a key: the address leads, and a widget's own memory would win over a link that was followed.
+        picked = st.selectbox("Run", names, index=names.index(current))
     if asked is not None and asked not in runs:
         st.warning(f"There is no run {escape(asked, 80)} here. Pick one above.", icon=":material/search_off:")
+    if picked != current:
+        _open(picked)
 
 
-def _follow_picker() -> None:
-    st.query_params["run"] = st.session_state["run_picker"]
-    for name in ("from", "to", "layer"):
-        st.query_params.pop(name, None)
-    for key in ("confirming", "chosen_layers", "window"):
-        st.session_state.pop(key, None)
+def _open(name: str) -> None:
+    for parameter in ("from", "to", "layer"):
+        st.query_params.pop(parameter, None)
+    st.query_params["run"] = name
+    st.session_state.pop("confirming", None)
+    st.rerun()

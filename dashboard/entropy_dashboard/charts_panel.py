@@ -32,7 +32,7 @@ def draw_oscillation(reader: RunReader, snapshot: Snapshot) -> None:
         with st.container(horizontal=True, vertical_alignment="bottom", gap="small"):
             span = choose_span()
             metric = _choose("Entropy", list(ENTROPIES), "entropy_kind", ENTROPY_NAMES)
-            layers = _choose_layers(reader.layers.layers)
+            layers = _choose_layers(reader.path.name, reader.layers.layers)
         if span == BRUSH:
             draw_brush(reader)
         window = chosen_window(reader)
@@ -110,33 +110,40 @@ def _choose(label: str, options: list[str], key: str, names: Mapping[str, str] |
     return chosen or options[0]
 
 
-def _choose_layers(layers: tuple[str, ...]) -> tuple[str, ...]:
+def _choose_layers(run_name: str, layers: tuple[str, ...]) -> tuple[str, ...]:
     if not layers:
         return ()
-    if "chosen_layers" not in st.session_state:
-        asked = st.query_params.get_all("layer")
-        count = len(layers)
-        usual = dict.fromkeys(layers[position] for position in (count // 6, count // 2, 5 * count // 6))
-        known = [layer for layer in asked if layer in layers]
-        st.session_state["chosen_layers"] = known[:MAX_LAYERS] or list(usual)
-    elif not set(st.session_state["chosen_layers"]).issubset(layers):
-        st.session_state["chosen_layers"] = [n for n in st.session_state["chosen_layers"] if n in layers]
+    # Judged once: the address follows the choice, and a default that followed the address would make a new widget.
+    judged, first = st.session_state.get("first_layers", (None, ()))
+    if judged != (run_name, layers):
+        first = _first_layers(layers)
+        st.session_state["first_layers"] = ((run_name, layers), first)
     short = short_names(layers)
+    key = f"layers_of_{run_name}"  # another run's layers are another widget's
     chosen = st.multiselect(
         "Layers",
         layers,
-        key="chosen_layers",
+        default=first,
+        key=key,
         max_selections=MAX_LAYERS,
         placeholder="Choose up to 8",
         format_func=lambda layer: short[layer],
         on_change=_share_layers,
+        args=(key,),
         width=215,
     )
     return tuple(chosen)
 
 
-def _share_layers() -> None:
-    st.query_params["layer"] = st.session_state["chosen_layers"]
+def _first_layers(layers: tuple[str, ...]) -> tuple[str, ...]:
+    asked = tuple(layer for layer in st.query_params.get_all("layer") if layer in layers)
+    count = len(layers)
+    spread = dict.fromkeys(layers[position] for position in (count // 6, count // 2, 5 * count // 6))
+    return asked[:MAX_LAYERS] or tuple(spread)
+
+
+def _share_layers(key: str) -> None:
+    st.query_params["layer"] = st.session_state[key]
 
 
 def _chart(spec: dict[str, Any], data: Mapping[str, bytes], key: str, words: str) -> None:

@@ -26,7 +26,7 @@ from entropy_monitor.store.layout import ROOT, SCALAR_COLUMNS, ack_key
 from entropy_monitor.types import Acknowledgement, Command, PhaseEvent
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Iterator
+    from collections.abc import Callable, Hashable, Iterator, Sequence
     from pathlib import Path
 
 ENTROPIES = ("mbe_normalized", "mbe", "mbe_centered")
@@ -80,9 +80,11 @@ class RunReader:
             if self._snapshot is not None and time.monotonic() - self._looked_at < self._min_age_s:
                 return self._snapshot
             self._reopen_if_replaced()
-            problems = [text for text in (self._read_metrics(), self._read_scalars(), self._read_words()) if text]
+            status = read_status(self._run)
+            found = (self._read_metrics(), self._read_scalars(), self._read_words(status.ranks or [0]))
+            problems = [text for text in found if text]
             self._snapshot = Snapshot(
-                status=read_status(self._run),
+                status=status,
                 commands=tuple(self._commands),
                 acks=tuple(self._acks.values()),
                 events=tuple(self._events),
@@ -159,14 +161,13 @@ class RunReader:
             return str(error)
         return None
 
-    def _read_words(self) -> str | None:
+    def _read_words(self, ranks: Sequence[int]) -> str | None:
         objects = self._run.objects
         try:
             self._events.extend(self._event_log.read_new())
             known = int(self._commands[-1].command_id) if self._commands else 0
             self._commands.extend(list_commands(objects, known + 1))
-            ranks = self._snapshot.status.ranks if self._snapshot else [0]
-            for rank in ranks or [0]:
+            for rank in ranks:
                 for number in acknowledged_numbers(objects, rank):
                     fields = None if (number, rank) in self._acks else objects.get_json(ack_key(number, rank))
                     if fields is not None:

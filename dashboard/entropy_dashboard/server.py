@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import ipaddress
 import os
-import signal
-import subprocess
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import entropy_monitor
 from entropy_dashboard.settings import ALLOWED_HOSTS, OPERATOR_TOKEN, RUNS_DIR
@@ -34,43 +33,19 @@ _LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 
 def serve(
     runs_dir: str | Path, address: str = DEFAULT_ADDRESS, port: int = DEFAULT_PORT, *, headless: bool = True
-) -> int:
-    """Run the dashboard until it is stopped; call it from the main thread.
+) -> NoReturn:
+    """Become the dashboard: this process is replaced by the server, so whoever stops it stops the server.
+
+    A child would be left behind when its parent is killed, and would not hear the parent's Ctrl-C.
 
     Args:
         runs_dir: a directory of runs, or a run.
         address: where to listen.
         port: where to listen.
         headless: False opens a browser.
-
-    Returns:
-        The server's exit code; 0 when it was stopped by Ctrl-C or SIGTERM.
     """
-    started: list[subprocess.Popen[bytes]] = []
-
-    def stop(_signal: int, _frame: object) -> None:
-        for process in started:
-            process.terminate()
-
-    # A container stops this process with SIGTERM; its child would stay behind.
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        started.append(subprocess.Popen(command(address, port, headless=headless), env=environment(runs_dir)))
-        return _wait(started[0])
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _wait(process: subprocess.Popen[bytes]) -> int:
-    try:
-        code = process.wait()
-    except KeyboardInterrupt:  # the terminal has sent it to the server as well: wait for its goodbye
-        try:
-            process.wait(timeout=10)
-        except subprocess.TimeoutExpired:
-            process.kill()
-        return 0
-    return 0 if code == -signal.SIGTERM else code
+    line = command(address, port, headless=headless)
+    os.execve(line[0], line, environment(runs_dir))
 
 
 def command(address: str = DEFAULT_ADDRESS, port: int = DEFAULT_PORT, *, headless: bool = True) -> list[str]:

@@ -22,4 +22,4 @@ def dashboard(
         from entropy_dashboard.server import serve
     except ImportError as error:
         raise ConfigError(f"the dashboard needs {error.name}: pip install 'entropy-monitor[dashboard]'") from error
-    raise typer.Exit(serve(runs_dir, address=address, port=port))
+    serve(runs_dir, address=address, port=port)

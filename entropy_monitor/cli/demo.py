@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import socket
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,7 +14,7 @@ from rich.console import Console
 
 from entropy_monitor.cli.progress import DemoProgress, summary_lines
 from entropy_monitor.cli.supervisor import Children, interruptible
-from entropy_monitor.errors import EntropyMonitorError
+from entropy_monitor.errors import ConfigError, EntropyMonitorError
 from entropy_monitor.store import open_run
 
 if TYPE_CHECKING:
@@ -38,6 +39,8 @@ def demo(
     from entropy_monitor.demo.text import check_files
 
     check_files(text or [])
+    if not no_dashboard:
+        _check_port(port)
     console = Console()
     directory = (run or Path(time.strftime("runs/demo-%Y%m%d-%H%M%S"))).absolute()
     directory.mkdir(parents=True, exist_ok=True)
@@ -67,6 +70,15 @@ def demo(
         if not no_dashboard and not stop.is_set():
             console.print("training has ended; the dashboard stays until Ctrl-C")
             stop.wait()
+
+
+def _check_port(port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does: one just closed is free
+        try:
+            probe.bind(("127.0.0.1", port))
+        except (OSError, OverflowError) as error:
+            raise ConfigError(f"expected a free port; {port} is not ({error}): name another with --port") from error
 
 
 def _follow(

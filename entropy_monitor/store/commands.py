@@ -183,18 +183,22 @@ def list_commands(objects: Objects, first: int = 1) -> list[Command]:
     Returns:
         The commands, oldest first.
     """
-    commands: list[Command] = []
-    for number in _command_numbers(objects):
-        value = read_command_bytes(objects, number) if number >= first else None
-        if value is None:
-            continue
-        try:
-            command = parse_command(value)
-        except ValueError:
-            continue
-        if int(command.command_id) == number:
-            commands.append(command)
-    return commands
+    commands = [read_command(objects, number) for number in command_numbers(objects) if number >= first]
+    return [command for command in commands if command is not None]
+
+
+def read_command(objects: Objects, number: int) -> Command | None:
+    """Read one command.
+
+    Returns:
+        The command, or None when there is none of this number, or one that is malformed or copied.
+    """
+    value = read_command_bytes(objects, number)
+    try:
+        command = None if value is None else parse_command(value)
+    except ValueError:
+        return None
+    return command if command is not None and int(command.command_id) == number else None
 
 
 def last_command(objects: Objects) -> int:
@@ -203,10 +207,11 @@ def last_command(objects: Objects) -> int:
     Returns:
         The number.
     """
-    return max([0, *_command_numbers(objects)])
+    return max([0, *command_numbers(objects)])
 
 
-def _command_numbers(objects: Objects) -> list[int]:
+def command_numbers(objects: Objects) -> list[int]:
+    """Numbers of all commands, ascending."""
     return layout.numbers(objects.children("control/commands"), r"(\d{8,})\.json")
 
 
@@ -223,10 +228,12 @@ def read_acknowledgement(objects: Objects, number: int, rank: int) -> Acknowledg
     """One rank's answer to one command.
 
     Returns:
-        The acknowledgement, or None while there is none.
+        The acknowledgement, or None while there is none that can be read.
     """
-    fields = objects.get_json(layout.ack_key(number, rank))
-    return None if fields is None else Acknowledgement(**fields)
+    try:
+        return Acknowledgement(**(objects.get_json(layout.ack_key(number, rank)) or {}))
+    except TypeError:  # absent, damaged, or of another version
+        return None
 
 
 def list_acknowledgements(objects: Objects) -> list[Acknowledgement]:

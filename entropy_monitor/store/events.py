@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -56,7 +57,9 @@ class EventLog:
                 continue
             self._next = number + 1
             try:
-                event = PhaseEvent(**(self._objects.get_json(layout.event_key(number)) or {}))
+                fields = self._objects.get_json(layout.event_key(number)) or {}
+                fields["score"] = math.nan if fields.get("score") is None else fields["score"]
+                event = PhaseEvent(**fields)
             except TypeError:  # damaged, or of another version
                 continue
             self._known.add(event.event_id)

@@ -304,7 +304,8 @@ def _decode_commit(value: bytes) -> dict[str, float] | None:
     """
     if len(value) != 8 * len(layout.COMMIT_COLUMNS):
         return None
-    record = dict(zip(layout.COMMIT_COLUMNS, np.frombuffer(value, "<f8").tolist(), strict=True))
+    columns: tuple[str, ...] = layout.COMMIT_COLUMNS
+    record: dict[str, float] = dict(zip(columns, np.frombuffer(value, "<f8").tolist(), strict=True))
     whole = ("seq", "attempt", "step", "phase", "num_patches", "num_tokens_seen")
     if not all(record[name].is_integer() and 0 <= record[name] < _MAX_EXACT_INTEGER for name in whole):
         return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -132,7 +133,7 @@ class Objects:
             return None
         try:
             parsed = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):  # the latter from a deeply nested file
             return None
         return parsed if isinstance(parsed, dict) else None
 
@@ -144,9 +145,19 @@ class Objects:
 
 
 def encode_json(value: Mapping[str, Any]) -> bytes:
-    """One canonical encoding: sorted keys, no spaces, NaN refused.
+    """One canonical encoding: sorted keys, no spaces; NaN and infinity, which JSON lacks, become null.
 
     Returns:
         UTF-8 bytes.
     """
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, default=str).encode()
+    return json.dumps(_finite(value), sort_keys=True, separators=(",", ":"), allow_nan=False, default=str).encode()
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {name: _finite(entry) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    return value

@@ -179,7 +179,7 @@ def open_run(url: str | Path) -> Run:
     try:
         attributes = json.loads(value)["attributes"]
         run_id, created, version = attributes["run_id"], float(attributes["created"]), attributes["format"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CorruptRunError(
             f"expected run metadata in {objects.url}/{_ROOT_METADATA}; found {len(value)} bytes that cannot be read "
             f"({type(error).__name__}): restore the file, the frames beside it are untouched"

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from entropy_monitor.store.attempts import list_attempts
-from entropy_monitor.store.commands import acknowledged_numbers, list_commands
+from entropy_monitor.store.commands import acknowledged_numbers, command_numbers, read_command
 from entropy_monitor.store.heartbeat import (
     WATCHER,
     Liveness,
@@ -115,15 +115,10 @@ def _age(beats: Iterable[Mapping[str, Any]], name: str, now: float) -> float | N
 
 
 def _pending(objects: Objects, ranks: list[int], now: float) -> int:
-    unexpired = {
-        int(command.command_id)
-        for command in list_commands(objects)
-        if now <= command.issued_at + command.expires_after_s
-    }
-    if not unexpired:
-        return 0
     answered = [acknowledged_numbers(objects, rank) for rank in ranks] or [set[int]()]
-    return len(unexpired - set.intersection(*answered))
+    unanswered = set(command_numbers(objects)) - set.intersection(*answered)
+    commands = [read_command(objects, number) for number in unanswered]
+    return sum(command is not None and now <= command.issued_at + command.expires_after_s for command in commands)
 
 
 def _removed_unmeasured(objects: Objects) -> int:

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from entropy_monitor.store import Run
 
 _monitors: weakref.WeakKeyDictionary[nn.Module, Monitor] = weakref.WeakKeyDictionary()
+_processes: set[int] = set()
+"""Processes that have opened a store: TensorStore aborts a fork of one that uses it again."""
 
 
 def attach(
@@ -64,9 +66,15 @@ def attach(
     target = Target(inner, optimizer, taps, steered_layers(tuple(taps), config.hooks.steer_layers))
     if os.environ.get("ENTROPY_MONITOR_MODE", "").lower() == "disabled":
         return Monitor(config.hooks, faults)
+    if _processes and os.getpid() not in _processes:
+        faults.count(
+            "store_unavailable", "this process is a fork of an observed one: start it with spawn to observe it"
+        )
+        return Monitor(config.hooks, faults)
     rank, world_size = rank_and_world_size()
     if config.run is None and world_size > 1:
         raise ConfigError("expected a run directory that all ranks share; found none: give attach(run=...)")
+    _processes.add(os.getpid())
     try:
         opened = create_run(config.run or time.strftime("runs/%Y%m%d-%H%M%S"))
         attempt = agree_on_attempt(opened.objects, rank, lambda: _record(target, config.hooks, opened, world_size))
@@ -83,7 +91,8 @@ def attach(
 def _check(value: object, kind: type, name: str) -> None:
     if not isinstance(value, kind):
         raise ConfigError(
-            f"expected {name} to be a torch {kind.__name__}; found {type(value).__name__}: attach(model, optimizer, ...)"
+            f"expected {name} to be a torch {kind.__name__}; found {type(value).__name__}: "
+            "call attach(model, optimizer, ...)"
         )
 
 

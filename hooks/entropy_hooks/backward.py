@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class BackwardListener(Protocol):
     """Is told of every backward pass; must not raise."""
 
-    def before_backward(self, roots: tuple[torch.Tensor, ...], gradients: Any) -> None:
+    def before_backward(self, roots: tuple[Any, ...], gradients: Any) -> None:
         """A backward pass from `roots` is about to begin."""
 
     def after_backward(self) -> None:

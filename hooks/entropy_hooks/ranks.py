@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
-from entropy_monitor.errors import StoreError
+from entropy_monitor.errors import ConfigError, StoreError
 from entropy_monitor.store import claim_attempt, find_attempt
 
 if TYPE_CHECKING:
@@ -33,8 +33,15 @@ def rank_and_world_size() -> tuple[int, int]:
     """
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
-    rank = int(os.environ.get("RANK", "0"))
-    return rank, max(int(os.environ.get("WORLD_SIZE", "1")), rank + 1)
+    rank = _number("RANK", 0)
+    return rank, max(_number("WORLD_SIZE", 1), rank + 1)
+
+
+def _number(variable: str, default: int) -> int:
+    value = os.environ.get(variable) or str(default)
+    if not value.isdecimal():
+        raise ConfigError(f"expected a whole number in {variable}; found {value!r}: correct or unset it")
+    return int(value)
 
 
 def launch_id() -> str | None:

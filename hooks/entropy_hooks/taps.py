@@ -76,7 +76,8 @@ def _matching(model: nn.Module, layers: Sequence[str]) -> dict[str, nn.Module]:
     missing = [pattern for pattern in layers if not any(fnmatchcase(name, pattern) for name in modules)]
     if missing or not chosen:
         raise ConfigError(
-            f"expected layers among {_some(modules)}; found {', '.join(missing) or 'no name'}: correct the names or globs"
+            f"expected layers among {_some(modules)}; found {', '.join(missing) or 'no name'}: "
+            "correct the names or globs"
         )
     return {name: module for name, module in modules.items() if name in chosen}
 
@@ -92,7 +93,7 @@ def steered_layers(taps: Sequence[str], chosen: Sequence[str] | None) -> tuple[s
         Their names.
 
     Raises:
-        ValueError: nothing matches.
+        ConfigError: a name or glob matches nothing.
     """
     if chosen is None:
         quarter = len(taps) // 4

@@ -114,7 +114,9 @@ class Writer:
         """Write what is queued and end the thread; what is left after the time counts as dropped."""
         if not self.flush(timeout_s):
             if self.alive:
-                self._faults.count("flush_timeout", f"{self._pending} records were not written within {timeout_s:.0f} s")
+                self._faults.count(
+                    "flush_timeout", f"{self._pending} records were not written within {timeout_s:.0f} s"
+                )
             with contextlib.suppress(queue.Empty):  # what counts as dropped must not be written behind the goodbye
                 while True:
                     self._queue.get_nowait()

@@ -171,7 +171,7 @@ def test_an_unreadable_run_says_why_and_leaves_the_others(made, runs):
     assert "This run cannot be read" in app.error[0].value
     assert "restore the file" in words(app)
     assert not charts(app)
-    app.selectbox(key="run_picker").select("demo").run()
+    app.selectbox[0].select("demo").run()
     assert_whole(app)
     assert len(charts(app)) == 3
 
@@ -214,17 +214,24 @@ def test_the_entropy_and_alignment_shown_can_be_chosen(made):
     app.segmented_control(key="alignment_kind").set_value("alignment_activation").run()
     assert "`alignment_activation`" in words(app)
     app.segmented_control(key="window").set_value("Last 1k").run()
-    app.multiselect(key="chosen_layers").set_value([]).run()
+    app.multiselect[0].set_value([]).run()
     assert_whole(app)
 
 
 def test_the_address_chooses_run_and_layers(made, runs):
-    SyntheticRun(runs / "other")
+    other = SyntheticRun(runs / "other", num_layers=2, layer_names=("left", "right"))
+    other.train(20)
     app = open_app("demo", layer="transformer.h.7")
-    assert app.selectbox(key="run_picker").value == "demo"
-    assert app.multiselect(key="chosen_layers").value == ["transformer.h.7"]
-    app.selectbox(key="run_picker").select("other").run()
+    assert app.selectbox[0].value == "demo"
+    assert app.multiselect[0].value == ["transformer.h.7"]
+    app.selectbox[0].select("other").run()
+    assert_whole(app)
     assert app.query_params["run"] == "other"
+    assert "layer" not in app.query_params
+    assert app.multiselect[0].value == ["left", "right"]
+    app.multiselect[0].set_value(["right"]).run()
+    assert_whole(app)
+    assert app.query_params["layer"] == "right"
 
 
 @pytest.mark.parametrize("name", ["../../etc", "..", "/etc", "demo/../demo", "<script>alert(1)</script>", "a\x00b", ""])
@@ -233,14 +240,14 @@ def test_a_name_that_is_no_run_reaches_nothing(made, name):
     app.query_params["run"] = name
     app.run()
     assert_whole(app)
-    assert app.selectbox(key="run_picker").value == "demo"
+    assert app.selectbox[0].value == "demo"
     assert any("There is no run" in warning.value for warning in app.warning)
     assert not any("<script>" in warning.value for warning in app.warning)
 
 
 def test_an_odd_run_name_is_not_listed(made, runs):
     SyntheticRun(runs / "<img src=x onerror=alert(1)>")
-    assert open_app().selectbox(key="run_picker").options == ["demo"]
+    assert open_app().selectbox[0].options == ["demo"]
 
 
 HOSTILE = "<img src=x onerror=alert(1)> [a](javascript:alert(1)) ![i](http://x.example/i.png) :material/home: $x$ **b**"

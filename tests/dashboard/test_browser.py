@@ -227,3 +227,14 @@ def test_the_page_stands_still_when_live_is_off(page: Page):
         return Date.now() - window.since > 2000;
     }"""
     page.wait_for_function(unchanged_for_two_seconds, timeout=PATIENCE_MS)
+
+
+def test_a_dark_page_starts_with_its_layers_chosen(browser: Browser, url: str, trainer: PlayedTrainer):
+    """A dark viewer's first run is cut short when the theme becomes known; the choice must survive that."""
+    opened = browser.new_page(viewport={"width": 1440, "height": 1000}, color_scheme="dark")
+    opened.goto(url)
+    expect(opened.locator(".st-key-chart_alignment canvas")).to_be_visible(timeout=PATIENCE_MS)
+    chosen = opened.locator(".st-key-oscillation").get_by_test_id("stMultiSelect")
+    for name in ("h.1", "h.3", "h.5"):
+        expect(chosen).to_contain_text(name, timeout=PATIENCE_MS)
+    opened.close()

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from entropy_dashboard import server
+from entropy_dashboard.settings import RUNS_DIR
 from entropy_dashboard.theme import STREAMLIT_THEME
 from entropy_monitor.errors import ConfigError
 
@@ -104,9 +105,18 @@ def flatten(table: dict, prefix: str = "") -> dict[str, object]:
     return flat
 
 
-def test_serve_stops_its_child_and_says_how_it_ended(runs, monkeypatch):
-    monkeypatch.setattr(server, "command", lambda *_, **__: [sys.executable, "-c", "raise SystemExit(3)"])
-    assert server.serve(runs) == 3
-    kill = "import os, signal; os.kill(os.getppid(), signal.SIGTERM); signal.pause()"
-    monkeypatch.setattr(server, "command", lambda *_, **__: [sys.executable, "-c", kill])
-    assert server.serve(runs) == 0
+def become(code: str, runs: Path) -> str:
+    """A program that serves, where the server is a line of Python."""
+    return (
+        "from entropy_dashboard import server\n"
+        f"server.command = lambda *_, **__: [{sys.executable!r}, '-c', {code!r}]\n"
+        f"server.serve({str(runs)!r})"
+    )
+
+
+def test_serve_becomes_the_server_so_that_nothing_is_left_when_it_is_stopped(runs):
+    report = f"import os; print(os.getpid(), os.environ[{RUNS_DIR!r}]); raise SystemExit(3)"
+    process = subprocess.Popen([sys.executable, "-c", become(report, runs)], stdout=subprocess.PIPE, text=True)
+    said = process.communicate()[0].split()
+    assert said == [str(process.pid), str(runs)]
+    assert process.returncode == 3

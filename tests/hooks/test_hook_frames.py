@@ -9,10 +9,9 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from entropy_hooks import attach
 from entropy_monitor.store import open_run
 
-from .training import Job, Truth, byte_loss, frames, positions, rounded, tiny_gpt, wait_until
+from .training import Job, Truth, byte_loss, frames, observe, positions, rounded, tiny_gpt, wait_until
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -72,7 +71,7 @@ def check_patches(where: list[tuple[int, int]], num_sequences: int) -> None:
 
 def test_frames_hold_activations_gradients_and_scalars(run: Path) -> None:
     job = Job()
-    with attach(job.model, job.optimizer, run=run, every=2, patches=6, start_step=4, total_steps=9) as monitor:
+    with observe(job, run=run, every=2, patches=6, start_step=4, total_steps=9) as monitor:
         recorder = Recorder(job)
         for step in range(5):
             job.optimizer.param_groups[0]["lr"] = 1e-3 * (step + 1)
@@ -102,7 +101,7 @@ def test_frames_hold_activations_gradients_and_scalars(run: Path) -> None:
 
 def test_a_batch_of_fewer_patches_is_taken_whole_and_padded(run: Path) -> None:
     job = Job(batch=2, tokens=19)
-    with attach(job.model, job.optimizer, run=run, every=1, patches=64):
+    with observe(job, run=run, every=1, patches=64):
         recorder = Recorder(job)
         job.step()
     (frame,) = frames(run)
@@ -117,7 +116,7 @@ def test_a_batch_of_fewer_patches_is_taken_whole_and_padded(run: Path) -> None:
 
 def test_accumulation_holds_the_last_micro_batch_unscaled(run: Path) -> None:
     job = Job()
-    with attach(job.model, job.optimizer, run=run, every=1, patches=8) as monitor:
+    with observe(job, run=run, every=1, patches=8) as monitor:
         recorder = Recorder(job)
         job.run(3, accumulate=4)
     assert monitor.stats().faults == {}
@@ -133,7 +132,7 @@ def test_accumulation_holds_the_last_micro_batch_unscaled(run: Path) -> None:
 
 def test_a_scaled_loss_gives_unscaled_frames(run: Path) -> None:
     job = Job()
-    with attach(job.model, job.optimizer, run=run, every=1, patches=8):
+    with observe(job, run=run, every=1, patches=8):
         recorder = Recorder(job)
         job.run(2, scale=65536.0)
     for frame in frames(run):
@@ -145,7 +144,7 @@ def test_accumulation_of_another_length_keeps_one_pass_together(run: Path) -> No
     """The last micro-batch is the k-th, k from the step before; a pass behind it must not mix into its frame."""
     job = Job(lambda: tiny_gpt(dropout=0.0))
     expected: list[tuple[torch.Tensor, dict[str, torch.Tensor], float]] = []
-    with attach(job.model, job.optimizer, run=run, every=1, patches=8) as monitor:
+    with observe(job, run=run, every=1, patches=8) as monitor:
         truth = Truth(job.model, LAYERS)
         for accumulate, observed in ((2, 1), (3, 1), (3, 2)):
             job.optimizer.zero_grad()
@@ -171,7 +170,7 @@ def test_accumulation_of_another_length_keeps_one_pass_together(run: Path) -> No
 def test_a_skipped_optimizer_step(run: Path) -> None:
     """GradScaler leaves a step out when gradients overflow: the step's number and its frame wait for the next."""
     job = Job()
-    with attach(job.model, job.optimizer, run=run, every=1, patches=8) as monitor:
+    with observe(job, run=run, every=1, patches=8) as monitor:
         recorder = Recorder(job)
         job.step(accumulate=2)
         for _ in range(2):
@@ -188,7 +187,7 @@ def test_a_skipped_optimizer_step(run: Path) -> None:
 
 def test_evaluation_between_steps_is_not_sampled(run: Path) -> None:
     job = Job()
-    with attach(job.model, job.optimizer, run=run, every=1, patches=8) as monitor:
+    with observe(job, run=run, every=1, patches=8) as monitor:
         recorder = Recorder(job)
         job.step()
         with torch.no_grad():
@@ -206,7 +205,7 @@ def test_evaluation_between_steps_is_not_sampled(run: Path) -> None:
 
 def test_evaluation_between_forward_and_backward(run: Path) -> None:
     job = Job()
-    with attach(job.model, job.optimizer, run=run, every=1, patches=8):
+    with observe(job, run=run, every=1, patches=8):
         loss = job.forward_loss()
         with torch.no_grad():
             job.model(torch.zeros(2, 16, dtype=torch.long))
@@ -239,7 +238,7 @@ class Checkpointed(nn.Module):
 def test_checkpointed_blocks_are_observed_once(run: Path, use_reentrant: bool) -> None:
     job, twin = Job(lambda: Checkpointed(use_reentrant=use_reentrant)), Job()
     layers = [f"inner.{name}" for name in LAYERS]
-    with attach(job.model, job.optimizer, run=run, every=1, patches=8) as monitor:
+    with observe(job, run=run, every=1, patches=8) as monitor:
         torch.manual_seed(3)
         job.run(2)
     assert monitor.stats().faults == {}
@@ -264,7 +263,7 @@ def test_checkpointed_blocks_are_observed_once(run: Path, use_reentrant: bool) -
 
 def test_a_checkpoint_around_the_whole_model(run: Path) -> None:
     job = Job()
-    with attach(job.model, job.optimizer, run=run, every=1, patches=8) as monitor:
+    with observe(job, run=run, every=1, patches=8) as monitor:
         tokens = job.next_batch()
         output = checkpoint(job.model, tokens, use_reentrant=False)
         assert isinstance(output, torch.Tensor)
@@ -282,7 +281,7 @@ def test_a_checkpoint_around_the_whole_model(run: Path) -> None:
 
 def test_autocast_to_bfloat16(run: Path) -> None:
     job = Job()
-    with attach(job.model, job.optimizer, run=run, every=1, patches=8) as monitor:
+    with observe(job, run=run, every=1, patches=8) as monitor:
         recorder = Recorder(job)
         for _ in range(2):
             job.optimizer.zero_grad()
@@ -301,7 +300,7 @@ def test_autocast_to_bfloat16(run: Path) -> None:
 def test_a_gradient_asked_for_by_itself_is_not_recorded(run: Path) -> None:
     """`torch.autograd.grad` between forward and backward (a penalty, a probe) passes untouched."""
     job = Job()
-    with attach(job.model, job.optimizer, run=run, every=1, patches=8):
+    with observe(job, run=run, every=1, patches=8):
         truth = Truth(job.model, LAYERS)
         loss = job.forward_loss()
         alone = torch.autograd.grad(loss, [truth.outputs[name] for name in LAYERS], retain_graph=True)
@@ -318,7 +317,7 @@ def test_a_gradient_asked_for_by_itself_is_not_recorded(run: Path) -> None:
 
 def test_a_changed_sequence_length_opens_a_fresh_segment(run: Path) -> None:
     job = Job(lambda: tiny_gpt(dropout=0.0))
-    with attach(job.model, job.optimizer, run=run, every=1, patches=4) as monitor:
+    with observe(job, run=run, every=1, patches=4) as monitor:
         recorder = Recorder(job)
         for tokens in (32, 24, 8, 32):
             job.shape = (4, tokens)
@@ -344,10 +343,12 @@ def test_a_changed_width_opens_a_fresh_segment(run: Path) -> None:
 
         def forward(self, tokens: torch.Tensor) -> torch.Tensor:
             x = self.embed(tokens)
-            return self.head(self.blocks[1](self.blocks[0](x)) if self.both else x[..., :8] + self.blocks[0](x)[..., :8])
+            return self.head(
+                self.blocks[1](self.blocks[0](x)) if self.both else x[..., :8] + self.blocks[0](x)[..., :8]
+            )
 
     job = Job(Wide)
-    with attach(job.model, job.optimizer, run=run, every=1, patches=4) as monitor:
+    with observe(job, run=run, every=1, patches=4) as monitor:
         job.step()
         job.model.both = False  # type: ignore[assignment]
         job.step()
@@ -355,14 +356,16 @@ def test_a_changed_width_opens_a_fresh_segment(run: Path) -> None:
         job.step()
     assert monitor.stats().frames_committed == 3
     found = frames(run)
-    widths = [{layer: group.activations.shape[2] for group in frame.groups for layer in group.layers} for frame in found]
+    widths = [
+        {layer: group.activations.shape[2] for group in frame.groups for layer in group.layers} for frame in found
+    ]
     assert widths == [{"blocks.0": 12, "blocks.1": 8}, {"blocks.0": 12}, {"blocks.0": 12, "blocks.1": 8}]
     assert len({frame.seq // 64 for frame in found}) == 3
 
 
 def test_every_frame_is_on_disk_after_detach_and_before_a_reader_needs_it(run: Path) -> None:
     job = Job()
-    monitor = attach(job.model, job.optimizer, run=run, every=1)
+    monitor = observe(job, run=run, every=1)
     job.step()
     wait_until(lambda: monitor.stats().frames_committed == 1, "the first frame while training goes on")
     assert [frame.step for frame in frames(run)] == [0]

@@ -12,7 +12,7 @@ import torch
 from entropy_hooks import attach
 from entropy_monitor.store import open_run
 
-from .training import Job, apply_now, assert_same_training, frames, tiny_gpt
+from .training import Job, apply_now, assert_same_training, frames, observe, tiny_gpt
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -103,7 +103,7 @@ def test_attach_is_idempotent_for_a_model(run: Path, tmp_path: Path) -> None:
 def test_two_monitors_at_once(tmp_path: Path, first_to_leave: int) -> None:
     jobs = [Job(seed=seed) for seed in (0, 1)]
     runs = [tmp_path / name for name in ("a", "b")]
-    monitors = [attach(job.model, job.optimizer, run=run, every=1) for job, run in zip(jobs, runs, strict=True)]
+    monitors = [observe(job, run=run, every=1) for job, run in zip(jobs, runs, strict=True)]
     for _ in range(3):
         for job in jobs:
             job.step()

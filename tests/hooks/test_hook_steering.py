@@ -9,7 +9,6 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from entropy_hooks import attach
 from entropy_monitor.estimators import patch_matrix_entropy
 from entropy_monitor.types import PATCH_LENGTH
 
@@ -22,6 +21,7 @@ from .training import (
     byte_loss,
     command,
     frames,
+    observe,
     queued,
     tiny_gpt,
     wait_until,
@@ -104,7 +104,7 @@ def test_gradients_equal_those_of_the_explicit_loss(
 ) -> None:
     weight = 0.5
     job = Job(lambda: Variant(how), tokens=tokens)
-    with attach(job.model, job.optimizer, run=run, every=every, steer=True) as monitor:
+    with observe(job, run=run, every=every, steer=True) as monitor:
         apply_now(job, run, monitor, "compress", weight=weight)
         if how == "in place":
             job.step()  # the first steered pass finds out that the activations are overwritten
@@ -133,7 +133,7 @@ def test_sequence_first_model_is_steered_along_its_sequences(run: Path) -> None:
             return self.head(self.lstm(self.embed(tokens.T))[0]).transpose(0, 1)
 
     job = Job(Recurrent)
-    with attach(job.model, job.optimizer, run=run, steer=True) as monitor:
+    with observe(job, run=run, steer=True) as monitor:
         truth = Truth(job.model, ["lstm"])
         apply_now(job, run, monitor, "compress", weight=0.5)
         job.model.zero_grad()
@@ -148,7 +148,7 @@ def test_sequence_first_model_is_steered_along_its_sequences(run: Path) -> None:
 
 def test_steer_layers_by_name(run: Path) -> None:
     job = Job(lambda: Variant("eager"))
-    with attach(job.model, job.optimizer, run=run, steer=True, steer_layers=["*.3"]) as monitor:
+    with observe(job, run=run, steer=True, steer_layers=["*.3"]) as monitor:
         apply_now(job, run, monitor, "compress", weight=0.5)
         tokens = job.next_batch()
         steered = passes(job.model, [tokens], 1.0, weight=0.0)  # type: ignore[arg-type]
@@ -171,7 +171,7 @@ def test_the_acknowledged_step_is_the_first_that_is_governed(run: Path) -> None:
 
     job = Job(four_blocks)
     seen: list[tuple[str, float, int]] = []
-    with attach(job.model, job.optimizer, run=run, every=1, steer=True, start_step=100) as monitor:
+    with observe(job, run=run, every=1, steer=True, start_step=100) as monitor:
         monitor.on_phase(lambda phase, weight: seen.append((phase, weight, monitor.stats().step)))
         job.run(3)
         steered = [job.parameters]
@@ -194,7 +194,7 @@ def test_the_acknowledged_step_is_the_first_that_is_governed(run: Path) -> None:
 def test_steered_layers_and_those_before_them_are_undetermined(run: Path) -> None:
     """Their loss gradient holds injected terms: it must not be shown as the loss's."""
     job = Job(four_blocks)
-    with attach(job.model, job.optimizer, run=run, every=1, steer=True) as monitor:
+    with observe(job, run=run, every=1, steer=True) as monitor:
         apply_now(job, run, monitor, "compress")
         job.step()
     before, after = frames(run)
@@ -209,7 +209,7 @@ def test_steered_layers_and_those_before_them_are_undetermined(run: Path) -> Non
 
 def test_memorize_ends_it(run: Path) -> None:
     job = Job(lambda: Variant("eager"))
-    with attach(job.model, job.optimizer, run=run, steer=True) as monitor:
+    with observe(job, run=run, steer=True) as monitor:
         apply_now(job, run, monitor, "compress", weight=0.5)
         apply_now(job, run, monitor, "memorize")
         assert monitor.phase == "memorize"
@@ -220,7 +220,7 @@ def test_memorize_ends_it(run: Path) -> None:
 
 def test_detach_ends_it(run: Path) -> None:
     job = Job(lambda: Variant("eager"))
-    with attach(job.model, job.optimizer, run=run, steer=True) as monitor:
+    with observe(job, run=run, steer=True) as monitor:
         apply_now(job, run, monitor, "compress", weight=0.5)
         tokens = job.next_batch()
         steered = passes(job.model, [tokens], 1.0, weight=0.0)  # type: ignore[arg-type]
@@ -233,7 +233,7 @@ def test_auto_changes_nothing(run: Path, tmp_path: Path, in_force: str) -> None:
     jobs = []
     for place, with_auto in ((run, True), (tmp_path / "twin", False)):
         job = Job(four_blocks)
-        with attach(job.model, job.optimizer, run=place, steer=True) as monitor:
+        with observe(job, run=place, steer=True) as monitor:
             seen: list[str] = []
             monitor.on_phase(lambda phase, weight, seen=seen: seen.append(phase))
             apply_now(job, place, monitor, in_force, weight=0.25)
@@ -250,7 +250,7 @@ def test_auto_changes_nothing(run: Path, tmp_path: Path, in_force: str) -> None:
 
 def test_a_gradient_asked_for_by_itself_is_not_steered(run: Path) -> None:
     job = Job(lambda: Variant("eager"))
-    with attach(job.model, job.optimizer, run=run, steer=True) as monitor:
+    with observe(job, run=run, steer=True) as monitor:
         apply_now(job, run, monitor, "compress", weight=0.5)
         tokens = job.next_batch()
         parameters = list(job.model.parameters())
@@ -276,7 +276,7 @@ def test_a_loss_of_two_terms(
     run: Path, caplog: pytest.LogCaptureFixture, loss_scale: float | None, scale: float
 ) -> None:
     job = Job(lambda: Variant("eager"))
-    with attach(job.model, job.optimizer, run=run, steer=True, loss_scale=loss_scale) as monitor:
+    with observe(job, run=run, steer=True, loss_scale=loss_scale) as monitor:
         apply_now(job, run, monitor, "compress", weight=0.5)
         tokens = job.next_batch()
         found = [two_terms(job.model, tokens, scale, 0.0) for _ in range(2)][1]  # type: ignore[arg-type]
@@ -303,7 +303,7 @@ def test_callback_that_raises_is_counted(run: Path, caplog: pytest.LogCaptureFix
     for observed in (True, False):
         job = Job(four_blocks)
         if observed:
-            with attach(job.model, job.optimizer, run=run, steer=True) as monitor:
+            with observe(job, run=run, steer=True) as monitor:
                 monitor.on_phase(angry)
                 monitor.on_phase(lambda phase, weight: seen.append((phase, weight)))
                 apply_now(job, run, monitor, "memorize")
@@ -320,11 +320,11 @@ def test_callback_that_raises_is_counted(run: Path, caplog: pytest.LogCaptureFix
 
 def test_a_command_is_applied_once_although_the_trainer_restarts(run: Path) -> None:
     job, twin = Job(four_blocks), Job(four_blocks)
-    with attach(job.model, job.optimizer, run=run, steer=True) as monitor:
+    with observe(job, run=run, steer=True) as monitor:
         first = apply_now(job, run, monitor, "compress", weight=0.25)
 
     torch.manual_seed(9)
-    with attach(job.model, job.optimizer, run=run, steer=True) as second:
+    with observe(job, run=run, steer=True) as second:
         assert second.stats().attempt == 2
         assert second.phase == "memorize"
         # A later command shows that the trainer has looked at all before it.
@@ -350,7 +350,7 @@ def test_a_command_is_applied_once_although_the_trainer_restarts(run: Path) -> N
 
 def test_commands_of_one_boundary_are_applied_in_order(run: Path) -> None:
     job = Job(four_blocks)
-    with attach(job.model, job.optimizer, run=run, steer=True) as monitor:
+    with observe(job, run=run, steer=True) as monitor:
         for phase, weight in (("compress", 0.1), ("memorize", None), ("compress", 0.2)):
             command(run, phase, weight=weight)
         wait_until(lambda: pending(monitor) == 3, "all three commands")
@@ -378,6 +378,6 @@ def run_acks(run: Path) -> list[Any]:
 @pytest.mark.parametrize("make_model", [four_blocks, lambda: tiny_gpt(num_layers=2)])
 def test_default_weight(run: Path, make_model: Callable[[], nn.Module]) -> None:
     job = Job(make_model)
-    with attach(job.model, job.optimizer, run=run, steer=True) as monitor:
+    with observe(job, run=run, steer=True) as monitor:
         apply_now(job, run, monitor, "compress")
         assert monitor.stats().weight == 0.03

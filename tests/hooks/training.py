@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import functional as F
 
+from entropy_hooks import attach
 from entropy_monitor.demo.model import ByteGPT, GPTOptions
 from entropy_monitor.store import CommandRequest, issue_command, open_run
 
@@ -50,6 +51,8 @@ class Job:
         self.shape = (batch, tokens)
         self.losses: list[float] = []
         self.batches: list[torch.Tensor] = []
+        self.monitor: Monitor | None = None
+        """Waited for after each step, so that no frame is dropped on a busy machine; see `observe`."""
         self._generator = torch.Generator().manual_seed(seed + 1)
 
     def next_batch(self) -> torch.Tensor:
@@ -73,6 +76,8 @@ class Job:
                     parameter.grad.div_(scale)
         self.optimizer.step()
         self.losses.append(loss.item())
+        if self.monitor is not None:
+            flushed(self.monitor)
 
     def run(self, steps: int, **options: Any) -> Job:
         for _ in range(steps):
@@ -82,6 +87,17 @@ class Job:
     @property
     def parameters(self) -> list[torch.Tensor]:
         return [parameter.detach().clone() for parameter in self.model.parameters()]
+
+
+def observe(job: Job, *, run: str | Path, **options: Any) -> Monitor:
+    """`attach`; each step of the job then waits until the writer is idle."""
+    job.monitor = attach(job.model, job.optimizer, run=run, **options)
+    return job.monitor
+
+
+def flushed(monitor: Monitor) -> bool:
+    """Everything handed over is in the store, or never will be."""
+    return monitor._session is None or monitor._session.writer.flush(DEADLINE_S)
 
 
 def assert_same_training(found: Job, expected: Job) -> None:
@@ -155,9 +171,7 @@ def command(run: Path, phase: str, *, key: str | None = None, now: float | None 
 
 
 def acknowledgement(run: Path, number: int, rank: int = 0) -> Acknowledgement | None:
-    found = [
-        ack for ack in open_run(run).acknowledgements() if ack.command_id == f"{number:08d}" and ack.rank == rank
-    ]
+    found = [ack for ack in open_run(run).acknowledgements() if ack.command_id == f"{number:08d}" and ack.rank == rank]
     return found[0] if found else None
 
 

@@ -283,21 +283,26 @@ def test_a_kill_between_the_three_arrays_leaves_no_row(
     assert run.metrics()["step"].values.tolist() == list(range(before + 2))
 
 
+def created_at_most(count: int) -> Any:
+    """`Array.create` that is killed after so many arrays."""
+    whole, made = Array.create, itertools.count()
+
+    def create(*args: Any, **kwargs: Any) -> Array:
+        if next(made) == count:
+            raise StoreError("killed here")
+        return whole(*args, **kwargs)
+
+    return create
+
+
 def test_readers_pass_segments_whose_watcher_was_killed_while_it_was_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, names = create_run(tmp_path), table_layout()
     MetricsWriter(run.objects).append(names, metrics_row(names, 0))
     for survived in range(3):  # of the three arrays of a segment
-        whole, made = Array.create.__func__, itertools.count()
-
-        def killed_after(cls: type[Array], *args: Any, survived: int = survived, **kwargs: Any) -> Array:
-            if next(made) == survived:
-                raise StoreError("killed here")
-            return whole(cls, *args, **kwargs)
-
         with monkeypatch.context() as patch:
-            patch.setattr(Array, "create", classmethod(killed_after))
+            patch.setattr(Array, "create", created_at_most(survived))
             with pytest.raises(StoreError):
                 MetricsWriter(run.objects).append(names, metrics_row(names, 9))
     reader = MetricsReader(run.objects)
