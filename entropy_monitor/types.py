@@ -51,7 +51,7 @@ class AlignmentParts(NamedTuple):
     """Shape ``(L, 16, 3)``: per layer and jackknife group the sums (a), (r) and (w)."""
     info: NDArray[np.float32]
     """Shape ``(L, 4)``: gradient norm, sampled patches, patches in the batch, status (0 valid, 1 no linear layer,
-    2 identity-path check failed, 3 sharded gradient)."""
+    2 identity-path check failed, 3 sharded gradient, 4 the gradient holds steering terms)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,7 +149,7 @@ class Command:
     """Eight digits, the command's number in the run; part of what is signed."""
     phase: CommandPhase
     weight: float | None
-    """Weight of the matrix-based entropy in the loss; None keeps the run's default."""
+    """Weight of the matrix-based entropy in the loss; None is the default, 0.03."""
     reason: str
     issued_by: str
     issued_at: float

@@ -80,12 +80,12 @@ class Doorbell:
 
         handler = FileSystemEventHandler()
         handler.on_any_event = lambda event: self._rung.set()
-        self._directory.mkdir(parents=True, exist_ok=True)
         observer = Observer()
         try:
+            self._directory.mkdir(parents=True, exist_ok=True)
             observer.schedule(handler, str(self._directory), recursive=False)
             observer.start()
-        except OSError as error:  # out of inotify instances, say
+        except OSError as error:  # out of inotify instances, or a file in the directory's place
             logger.warning("no file events (%s): the store is polled every %.0f ms", error, 1000 * POLL_S)
         else:
             self._observer = observer

@@ -54,8 +54,8 @@ class PhaseControl:
         if command.phase == "auto":
             return
         self.phase = command.phase
-        if command.weight is not None:
-            self.weight = command.weight
+        # Absolute: what an earlier command had set does not linger.
+        self.weight = DEFAULT_WEIGHT if command.weight is None else command.weight
         for callback in self._callbacks:
             try:
                 callback(self.phase, self.weight_in_force)
@@ -66,4 +66,4 @@ class PhaseControl:
 def _describe(pending: Pending) -> str:
     if pending.command.phase == "auto":
         return "the controller is free again; phase and weight stay as they are"
-    return f"{pending.command.phase}"
+    return pending.command.phase

@@ -46,10 +46,9 @@ def test_interrupted_demo_ends_all_its_children(tmp_path: Path) -> None:
     try:
         wait_until(lambda: (run / "store.zarr" / "metrics").exists(), "the first metrics")
         assert len(processes_naming(run)) >= 3
+    finally:
         demo.send_signal(signal.SIGINT)
         _, err = demo.communicate(timeout=60)
-    finally:
-        demo.kill()
     assert demo.returncode == 0, err
     assert err == ""
     assert processes_naming(run) == []
@@ -67,9 +66,15 @@ def trainers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, 
     for name, run in runs.items():
         processes[name] = start("-m", "entropy_monitor.demo.train", "--run", run, *options)
     said: dict[str, str] = {}
-    for name, process in processes.items():
-        said[name], err = process.communicate(timeout=110)
-        assert process.returncode == 0, err
+    try:
+        for name, process in processes.items():
+            said[name], err = process.communicate(timeout=110)
+            assert process.returncode == 0, err
+    finally:
+        for process in processes.values():
+            if process.poll() is None:
+                process.kill()
+                process.communicate()
     assert entropy_monitor("watch", *runs.values(), "--once", "--control", "off").returncode == 0
     return {name: (run, said["phase"]) for name, run in runs.items()}
 

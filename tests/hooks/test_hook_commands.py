@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from entropy_hooks.phase import DEFAULT_WEIGHT
 from entropy_monitor.store import open_run, read_heartbeat, read_status
 from entropy_monitor.store.layout import command_key
 
@@ -220,3 +221,12 @@ def test_pending_commands_are_seen_as_such(run: Path) -> None:
         command(run, "memorize")
         assert read_status(open_run(run)).commands_pending == 2, "no step has ended yet"
         wait_until(lambda: job.step() or read_status(open_run(run)).commands_pending == 0, "both answers")
+
+
+def test_a_command_without_a_weight_means_the_default_and_not_the_last_one(run: Path) -> None:
+    job = Job()
+    with observe(job, run=run, steer=True) as monitor:
+        apply_now(job, run, monitor, "compress", weight=0.5)
+        assert monitor.stats().weight == 0.5
+        apply_now(job, run, monitor, "compress")
+        assert monitor.stats().weight == DEFAULT_WEIGHT

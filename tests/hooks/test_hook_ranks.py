@@ -55,7 +55,13 @@ def free_port() -> str:
 def run_ranks(run: Path, how: str) -> list[dict[str, Any]]:
     variables = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     processes = [start(SCRIPT, run, how, RANK=str(rank), **variables) for rank in (1, 0)]
-    return [finish(process)[0] for process in reversed(processes)]
+    try:
+        return [finish(process)[0] for process in reversed(processes)]
+    finally:
+        for process in processes:  # one that still waits for the other's sake
+            if process.poll() is None:
+                process.kill()
+                process.communicate()
 
 
 @pytest.mark.parametrize("how", ["alone", "gloo"])

@@ -199,11 +199,17 @@ def test_without_file_events_polling_carries(
     assert "the store is polled every 250 ms" in caplog.text
 
 
-def test_a_bell_that_never_rings_is_only_slower(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_there_first", [True, False])
+def test_a_bell_that_never_rings_is_only_slower(tmp_path: Path, is_there_first: bool) -> None:
     trainer = SyntheticTrainer(tmp_path)
+    bell = tmp_path / "bell"
+    if is_there_first:
+        bell.write_text("no directory")
     with Follower(trainer) as follower:
-        (tmp_path / "bell").rmdir() if (tmp_path / "bell").exists() else None
-        (tmp_path / "bell").write_text("no directory")
+        if not is_there_first:
+            wait_until(bell.exists)
+            bell.rmdir()
+            bell.write_text("no directory")
         trainer.commit_all(range(3))
         assert len(follower.wait_for(3)) == 3
 
