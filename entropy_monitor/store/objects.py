@@ -35,7 +35,10 @@ class Objects:
             self.path = None
             self.url = text.rstrip("/")
         self.context = ts.Context(_CONTEXT)
-        self._store = ts.KvStore.open(self.kvstore_spec(""), context=self.context).result()
+        try:
+            self._store = ts.KvStore.open(self.kvstore_spec(""), context=self.context).result()
+        except _TENSORSTORE_ERRORS as error:
+            raise StoreError(f"expected a directory or a URL that TensorStore knows; found {self.url}: {error}") from error
 
     def __repr__(self) -> str:
         return f"Objects({self.url!r})"

@@ -326,3 +326,9 @@ def test_heartbeats_are_kept_apart_and_damaged_ones_count_as_none(tmp_path: Path
     assert read_status(run).ranks == [0]
     claim_attempt(run.objects, {"world_size": 2})
     assert (read_status(run).state, read_status(run).ranks) == ("dead", [])  # those were of the attempt before
+
+
+def test_a_url_of_an_unknown_kind_is_refused_in_one_line() -> None:
+    with pytest.raises(StoreError, match="found foo://somewhere") as caught:
+        open_run("foo://somewhere")
+    assert "\n" not in str(caught.value)
