@@ -54,7 +54,7 @@ def demo(
     }
     files = [argument for path in text or [] for argument in ("--text", str(path))]
     trainer_arguments = ["--run", str(directory), "--steps", str(steps), "--seed", str(seed), "--steer", *files]
-    console.print(f"run        {directory}")
+    console.print(f"run        {directory}", soft_wrap=True)
     with interruptible() as stop, Children(directory / "logs", environment) as children:
         trainer = children.start("trainer", "entropy_monitor.demo.train", trainer_arguments)
         watcher = children.start(
@@ -66,10 +66,11 @@ def demo(
         _follow(directory, steps, console, stop, (trainer, watcher))
         _check(children, stop, trainer=trainer, watcher=watcher)
         for line in summary_lines(open_run(directory)):
-            console.print(line)
+            console.print(line, soft_wrap=True)
         if not no_dashboard and not stop.is_set():
             console.print("training has ended; the dashboard stays until Ctrl-C")
-            stop.wait()
+            while not stop.wait(_REFRESH_S):  # with a limit: the signal may have come to another thread
+                pass
 
 
 def _check_port(port: int) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -11,8 +12,8 @@ import typer
 
 from entropy_monitor.cli.supervisor import interruptible
 from entropy_monitor.config import load_config
-from entropy_monitor.errors import NotARunError, RunNotFoundError, WatcherRunningError
-from entropy_monitor.store import list_commits, list_ranks, list_segments, open_run, read_cursor
+from entropy_monitor.errors import CorruptFrameError, NotARunError, RunNotFoundError, WatcherRunningError
+from entropy_monitor.store import FrameReader, list_ranks, open_run, read_cursor
 
 if TYPE_CHECKING:
     import threading
@@ -37,8 +38,14 @@ def watch(
     """Measure runs as they train; a restart continues exactly where it stood."""
     loaded = load_config(watch={"control": control}, path=config)
     with interruptible() as stop_event, ThreadPoolExecutor(len(runs), "watch") as pool:
-        for done in [pool.submit(_watch_one, run, stop_event, loaded, once=once) for run in runs]:
-            done.result()
+        pending = {pool.submit(_watch_one, run, stop_event, loaded, once=once) for run in runs}
+        # Woken now and then: the system may give a signal to another thread, and only this one runs the handler.
+        while pending:
+            done, pending = wait(pending, timeout=_LOOK_AGAIN_S, return_when=FIRST_EXCEPTION)
+            if any(future.exception() for future in done):
+                stop_event.set()
+            for future in done:
+                future.result()
 
 
 def _watch_one(path: Path, stop_event: threading.Event, config: MonitorConfig, *, once: bool) -> None:
@@ -89,13 +96,15 @@ def _wait_for_run(path: Path, stop_event: threading.Event, *, once: bool) -> Run
 
 
 def _newest_commits(run: Run) -> dict[int, int]:
-    """The newest committed `seq` of each rank that has any.
+    """The newest committed `seq` of each rank, of those whose record can be read: no other gets a row.
 
     Returns:
         Rank to `seq`.
     """
-    commits = {
-        rank: [seq for segment in list_segments(run.objects, rank) for seq in list_commits(run.objects, rank, segment)]
-        for rank in list_ranks(run.objects)
-    }
-    return {rank: seqs[-1] for rank, seqs in commits.items() if seqs}
+    newest: dict[int, int] = {}
+    for rank in list_ranks(run.objects):
+        reader = FrameReader(run.objects, run.run_id, rank)
+        for seq in reader.seqs():
+            with contextlib.suppress(CorruptFrameError):
+                newest[rank] = seq if reader.read_commit(seq) is not None else newest.get(rank, -1)
+    return newest

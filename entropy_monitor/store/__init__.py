@@ -15,16 +15,9 @@ from entropy_monitor.store.commands import (
     refusal,
 )
 from entropy_monitor.store.events import EventLog, event_id
-from entropy_monitor.store.frames import (
-    FrameData,
-    FrameLayout,
-    FrameReader,
-    FrameWriter,
-    GroupLayout,
-    list_commits,
-    list_ranks,
-    list_segments,
-)
+from entropy_monitor.store.frame_reader import FrameReader
+from entropy_monitor.store.frame_writer import FrameWriter
+from entropy_monitor.store.frames import FrameData, FrameLayout, GroupLayout, list_commits, list_ranks, list_segments
 from entropy_monitor.store.heartbeat import (
     DEAD_AFTER_S,
     PERIOD_S,

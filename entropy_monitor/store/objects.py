@@ -38,7 +38,7 @@ class Objects:
         try:
             self._store = ts.KvStore.open(self.kvstore_spec(""), context=self.context).result()
         except _TENSORSTORE_ERRORS as error:
-            raise StoreError(f"expected a directory or a URL that TensorStore knows; found {self.url}: {error}") from error
+            raise StoreError(f"expected a directory or a URL of a known kind; found {self.url}: {error}") from error
 
     def __repr__(self) -> str:
         return f"Objects({self.url!r})"

@@ -24,7 +24,8 @@ from entropy_monitor.store.arrays import create_group
 from entropy_monitor.store.attempts import list_attempts, read_attempt
 from entropy_monitor.store.commands import list_acknowledgements, list_commands
 from entropy_monitor.store.events import EventLog
-from entropy_monitor.store.frames import FrameReader, list_ranks
+from entropy_monitor.store.frame_reader import FrameReader
+from entropy_monitor.store.frames import list_ranks
 from entropy_monitor.store.objects import Objects
 from entropy_monitor.store.scalars import ScalarsReader
 

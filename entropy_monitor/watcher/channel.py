@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from typing import TYPE_CHECKING
 
 from entropy_monitor.store import CommandRequest, issue_command, list_commands, read_acknowledgement
@@ -24,7 +25,7 @@ class ControlChannel:
         self._next = 1
         self._issued: set[str] = set()
         self._operators: list[Command] = []
-        """An operator's commands that the trainer has not rejected, as far as is known; the last one stands."""
+        """An operator's commands that the trainer has not refused, as far as is known; the last one stands."""
         self._newest_own: Command | None = None
 
     def refresh(self) -> None:
@@ -43,8 +44,8 @@ class ControlChannel:
     @property
     def is_suspended(self) -> bool:
         """Whether an operator's memorize or compress stands: the controller is silent until ``auto``."""
-        while self._operators and self._refusal(self._operators[-1]) is not None:
-            self._operators.pop()  # a forged command neither suspends nor frees the controller
+        while self._operators and self._is_void(self._operators[-1]):
+            self._operators.pop()  # a forged or expired command neither suspends nor frees the controller
         return bool(self._operators) and self._operators[-1].phase != "auto"
 
     def refusal(self, attempt: int) -> str | None:
@@ -57,6 +58,12 @@ class ControlChannel:
         if own is None or not own.issued_by.startswith(f"{_CONTROLLER}/{attempt}/"):
             return None
         return self._refusal(own)
+
+    def _is_void(self, command: Command) -> bool:
+        ack = read_acknowledgement(self._run.objects, int(command.command_id), 0)
+        if ack is not None:
+            return ack.status != "applied"
+        return time.time() > command.issued_at + command.expires_after_s  # nobody was there to answer
 
     def _refusal(self, command: Command) -> str | None:
         ack = read_acknowledgement(self._run.objects, int(command.command_id), 0)

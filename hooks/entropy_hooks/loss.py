@@ -40,6 +40,8 @@ def read_loss(roots: tuple[Any, ...], gradients: Any) -> LossReading:
     if len(roots) != 1 or not isinstance(root, torch.Tensor) or root.numel() != 1:
         return LossReading(None, 1.0, ambiguous=True)
     factor, ambiguous = _constant_factor(root.grad_fn)
+    if isinstance(factor, float) and factor == 0.0:
+        return LossReading(None, 0.0, ambiguous=ambiguous)  # multiplied away: it cannot be recovered
     value = root.detach().reshape(())
     loss = value.clone() if isinstance(factor, float) and factor == 1.0 else value / factor
     given = gradients[0] if isinstance(gradients, list | tuple) and gradients else gradients

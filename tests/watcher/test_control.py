@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -158,6 +159,17 @@ def test_a_refused_order_neither_suspends_nor_frees(tmp_path: Path) -> None:
     answer(trainer, order(trainer, "memorize"), "applied")
     answer(trainer, order(trainer, "auto", "cli:eve"), "rejected", "bad signature")
     assert channel_of(trainer).is_suspended
+
+
+def test_an_order_that_expired_unanswered_suspends_nobody(tmp_path: Path) -> None:
+    trainer = SyntheticTrainer(tmp_path)
+    request = CommandRequest(phase="compress", reason="a test", issued_by="cli:ada", expires_after_s=10.0)
+    issue_command(trainer.run.objects, trainer.run.run_id, request, now=time.time() - 5.0)
+    assert channel_of(trainer).is_suspended
+    issue_command(trainer.run.objects, trainer.run.run_id, request, now=time.time() - 60.0)
+    late = int(list_commands(trainer.run.objects)[-1].command_id)
+    answer(trainer, late - 1, "expired")
+    assert not channel_of(trainer).is_suspended
 
 
 def test_the_controller_issues_each_command_once_also_after_a_restart(tmp_path: Path) -> None:
