@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 Control = Literal["off", "advise", "auto"]
 ENVIRONMENT_PREFIX = "ENTROPY_MONITOR_"
-_TABLES = ("hooks", "watch", "gapt", "demo")
+_TABLES = ("hooks", "watch", "gapt")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

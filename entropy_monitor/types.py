@@ -71,7 +71,7 @@ class Frame:
     wall_time_s: float
     """Unix time at which the optimizer step ended."""
     scalars: Mapping[str, float] = field(default_factory=dict[str, float])
-    """``loss``, ``lr``, ``grad_norm`` and what else the rank recorded; NaN where unknown."""
+    """``loss``, ``lr``, ``weight`` and ``grad_norm`` (as the optimizer saw it: after clipping); NaN where unknown."""
     groups: tuple[LayerGroup, ...] = ()
     """Sampled arrays; empty when the frame was read without them."""
     alignment: AlignmentParts | None = None

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from entropy_monitor.errors import ConfigError
-from entropy_monitor.store import CommandRequest, issue_command, list_acknowledgements, open_run, read_status
+from entropy_monitor.store import CommandRequest, issue_command, open_run, read_acknowledgement, read_status
 from entropy_monitor.store.commands import DEFAULT_EXPIRY_S
 
 if TYPE_CHECKING:
@@ -66,8 +66,9 @@ def _wait(run: Run, command: Command, wait_s: float) -> tuple[list[Acknowledgeme
     deadline = time.monotonic() + wait_s
     while True:
         found = read_status(run)  # first: a trainer that has ended since then has answered before
-        acks = [ack for ack in list_acknowledgements(run.objects) if ack.command_id == command.command_id]
-        if found.ranks and {ack.rank for ack in acks} >= set(found.ranks):
+        answers = [read_acknowledgement(run.objects, int(command.command_id), rank) for rank in found.ranks]
+        acks = [ack for ack in answers if ack is not None]
+        if found.ranks and len(acks) == len(found.ranks):
             return acks, None
         if found.state == "ended":
             return acks, "the run has ended: start the trainer again within the command's expiry"

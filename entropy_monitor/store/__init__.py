@@ -41,7 +41,7 @@ from entropy_monitor.store.metrics import (
 )
 from entropy_monitor.store.objects import Objects
 from entropy_monitor.store.retention import Retention, trim_vanished_ranks
-from entropy_monitor.store.run import CorruptFrameWarning, Run, create_run, open_run
+from entropy_monitor.store.run import CorruptFrameWarning, Run, create_run, open_run, was_deleted
 from entropy_monitor.store.scalars import ScalarsReader, ScalarsWriter
 from entropy_monitor.store.status import RunStatus, read_status
 
@@ -98,5 +98,6 @@ __all__ = [
     "read_trainer_heartbeats",
     "refusal",
     "trim_vanished_ranks",
+    "was_deleted",
     "write_heartbeat",
 ]

@@ -29,7 +29,8 @@ class Objects:
         text = str(url)
         self.is_local = "://" not in text or text.startswith("file://")
         if self.is_local:
-            self.path: Path | None = Path(text.removeprefix("file://")).absolute()
+            # TensorStore refuses "..", and a later change of directory must not move the run.
+            self.path: Path | None = Path(text.removeprefix("file://")).resolve()
             self.url = str(self.path)
         else:
             self.path = None

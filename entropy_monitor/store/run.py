@@ -42,6 +42,12 @@ _ROOT_METADATA = f"{layout.ROOT}/zarr.json"
 _FORMAT = 1
 
 
+def was_deleted(objects: Objects) -> bool:
+    """Whether the run is gone, for writers that would otherwise bring a deleted directory back to life."""
+    in_its_place = objects.path is not None and objects.path.exists() and not objects.path.is_dir()
+    return not objects.exists(_ROOT_METADATA) and not in_its_place  # a file there: let the failing write say so
+
+
 class CorruptFrameWarning(UserWarning):
     """A committed frame could not be read and was left out."""
 

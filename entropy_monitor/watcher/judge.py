@@ -70,6 +70,7 @@ class Judge:
 
     def __post_init__(self) -> None:
         self.feed = LossFeed(self.run)
+        _override(GateOptions(), self.gate_overrides)  # a wrong option is told at the start, not at the first frame
 
     def resume(self, last_row: Mapping[str, float]) -> None:
         """Continue from the newest row of the table."""

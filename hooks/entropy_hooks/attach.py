@@ -64,7 +64,7 @@ def attach(
     faults = Faults()
     taps = find_taps(inner, config.hooks.layers)
     target = Target(inner, optimizer, taps, steered_layers(tuple(taps), config.hooks.steer_layers))
-    if os.environ.get("ENTROPY_MONITOR_MODE", "").lower() == "disabled":
+    if _is_disabled():
         return Monitor(config.hooks, faults)
     if _processes and os.getpid() not in _processes:
         faults.count(
@@ -94,6 +94,13 @@ def _check(value: object, kind: type, name: str) -> None:
             f"expected {name} to be a torch {kind.__name__}; found {type(value).__name__}: "
             "call attach(model, optimizer, ...)"
         )
+
+
+def _is_disabled() -> bool:
+    mode = os.environ.get("ENTROPY_MONITOR_MODE", "").lower()
+    if mode not in ("", "disabled"):
+        raise ConfigError(f"expected ENTROPY_MONITOR_MODE to be 'disabled' or unset; found {mode!r}: correct it")
+    return mode == "disabled"
 
 
 def _record(target: Target, options: MonitorOptions, run: Run, world_size: int) -> dict[str, Any]:

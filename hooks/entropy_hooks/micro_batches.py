@@ -52,13 +52,8 @@ class MicroBatches:
             self.count += 1
         self.in_backward = self._forward_pending = False
 
-    def step(self) -> int:
-        """The optimizer has stepped.
-
-        Returns:
-            Backward passes that led to this step.
-        """
+    def step(self) -> None:
+        """The optimizer has stepped."""
         count, self.count = self.count, 0
         if count and (self.expected is None or count % self.expected):
             self.expected = count
-        return count

@@ -1,7 +1,7 @@
 """Forward and gradient hooks of one model: what is gathered in the observed pass, and where steering is added.
 
-A hook costs one flag test on a step that is neither sampled nor steered, never raises, never synchronises a device and
-never touches the global random state.
+A layer's hook costs one flag test on a step that is neither sampled nor steered. No hook raises, synchronises a device
+or touches the global random state.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 class Observer:
-    """Hooks on one model; `Monitor` tells it which steps to sample and whether to steer."""
+    """Hooks on one model; `Session` tells it which steps to sample and whether to steer."""
 
     def __init__(
         self,
@@ -139,16 +139,12 @@ class Observer:
         """The backward pass has ended."""
         self.passes.leave_backward()
 
-    def end_step(self) -> int:
-        """Forget the step that has ended.
-
-        Returns:
-            Backward passes that led to it.
-        """
+    def end_step(self) -> None:
+        """Forget the step that has ended."""
         if self.capture is not None and self.capture.linears:
             self._keep_only_last_linears(self.capture)
         self.capture, self.loss, self.num_tokens = None, None, 0
-        return self.passes.step()
+        self.passes.step()
 
     def _keep_only_last_linears(self, capture: Capture) -> None:
         """After the first observed pass it is known which linear layer writes into each block: unhook the others."""
@@ -166,7 +162,7 @@ class Observer:
         if self.passes.in_forward and args and isinstance(args[0], torch.Tensor):
             self.num_tokens += args[0].numel()
             if (capture := self._capturing()) is not None and capture.token_ids is None:
-                capture.token_ids = args[0].detach()
+                capture.token_ids = args[0].detach().clone()  # a loader may reuse its buffer before the step
 
     def _see_linear(self, layer: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         capture, recognised = self._capturing(), writes_features(module)
@@ -209,7 +205,10 @@ class Observer:
             capture.sample = draw_patches(num_sequences, length, self._options.patches, self._generator, z.device)
         if capture.sample is None:
             capture.too_short = True
-            self._faults.count("batch_too_short", f"expected 8 tokens or more; found {sequences.shape[1]} in {layer}")
+            self._faults.count(
+                "batch_too_short",
+                f"expected sequences of 8 tokens or more; found {tuple(sequences.shape[:2])} in {layer}",
+            )
             return
         if not _fits(capture.sample, sequences):
             self._faults.count("other_tokens", f"{layer} has other tokens than the first tapped layer: left out")

@@ -15,15 +15,20 @@ from typing import TYPE_CHECKING, Any
 
 from entropy_monitor.store import (
     PERIOD_S,
+    EventLog,
     acknowledge,
     acknowledged_numbers,
+    event_id,
     last_command,
+    list_attempts,
     parse_command,
     read_command_bytes,
     refusal,
+    was_deleted,
     write_heartbeat,
 )
-from entropy_monitor.types import Acknowledgement
+from entropy_monitor.store.layout import rank_name
+from entropy_monitor.types import Acknowledgement, PhaseEvent
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -61,6 +66,7 @@ class Pulse:
         self._stop = threading.Event()
         self._answered: set[int] | None = None
         self._next = 1
+        self._superseded = self._superseded_told = False
         self.pending: deque[Pending] = deque()
         """Commands for the training thread, oldest first."""
         self._thread = threading.Thread(target=self._work, name="entropy-pulse", daemon=True)
@@ -97,6 +103,8 @@ class Pulse:
             if due:  # first: commands that cannot be read must not make the trainer look dead
                 self._beat()
                 next_beat = time.monotonic() + PERIOD_S
+            if self._superseded:
+                continue
             try:
                 self._read_commands(look_for_gaps=due)
             except Exception as error:  # the next round tries again
@@ -105,9 +113,35 @@ class Pulse:
 
     def _beat(self) -> None:
         try:
-            write_heartbeat(self._objects, f"r{self._rank:05d}", self._fields())
+            if was_deleted(self._objects):
+                return  # the writer counts it
+            fields = self._fields()
+            self._superseded = max(list_attempts(self._objects), default=0) > int(fields["attempt"])
+            if self._superseded:
+                self._tell_superseded(fields)
+                return
+            write_heartbeat(self._objects, rank_name(self._rank), fields)
         except Exception as error:  # the next beat tries again
             self._faults.count("heartbeat_failed", error)
+
+    def _tell_superseded(self, fields: Mapping[str, Any]) -> None:
+        """A newer trainer owns this rank's heartbeat and commands: say so where the run's readers look, once."""
+        attempt, step = int(fields["attempt"]), int(fields["step"])
+        reason = f"attempt {attempt} still trains beside a newer one on the same run: stop one, or name another run"
+        self._faults.count("superseded", reason)
+        if self._superseded_told:
+            return
+        self._superseded_told = True
+        event = PhaseEvent(
+            event_id=event_id(attempt, self._rank, "superseded"),
+            step=step,
+            layer=None,
+            kind="fault",
+            regime="undetermined",
+            score=1.0,
+            evidence={"reason": reason, "attempt": attempt, "rank": self._rank},
+        )
+        EventLog(self._objects).append(event)
 
     def _read_commands(self, *, look_for_gaps: bool) -> None:
         if self._answered is None:

@@ -129,6 +129,10 @@ class Session:
         if not self._observer.sampling or capture is None or capture.sample is None or not capture.activations:
             return
         observed = self._observed = ObservedPass(capture)  # kept whatever part of it fails below
+        if self._options.gradients and not capture.gradients:
+            self._faults.count(
+                "no_gradients", "the observed forward pass had no backward pass (an evaluation with grad?)"
+            )
         if self._observer.weight:
             observed.contaminated = self._target.contaminated
         if (loss := capture.loss) is not None:

@@ -13,8 +13,8 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from entropy_monitor.errors import SegmentTakenError
-from entropy_monitor.store import FrameWriter, Retention, ScalarsWriter
+from entropy_monitor.errors import RunNotFoundError, SegmentTakenError
+from entropy_monitor.store import FrameWriter, Retention, ScalarsWriter, was_deleted
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -129,10 +129,15 @@ class Writer:
         while (job := self._queue.get()) is not None:
             try:
                 job.copy.finish()
+                if was_deleted(self._objects):
+                    raise RunNotFoundError(f"{self._objects.url} was deleted: nothing is recorded until it is back")
                 if isinstance(job, ScalarsJob):
                     self._write_scalars(job)
                 else:
                     self._write_frame(job)
+            except RunNotFoundError as error:
+                self._faults.count("run_removed", error)
+                self._give_up(job)
             except SegmentTakenError as error:
                 self._superseded = True
                 self._faults.count("superseded", error)

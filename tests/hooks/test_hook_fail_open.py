@@ -6,6 +6,7 @@ import dataclasses
 import shutil
 import subprocess
 import threading
+import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -18,7 +19,7 @@ from entropy_monitor.errors import StoreError
 from entropy_monitor.store import FrameWriter, open_run, read_status
 
 from .scripts import finish, start
-from .training import Job, assert_same_training, command, frames, observe, queued, tiny_gpt, wait_until
+from .training import Job, apply_now, assert_same_training, command, frames, observe, queued, tiny_gpt, wait_until
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -547,3 +548,58 @@ def test_stats_are_frozen(run: Path) -> None:
         stats = monitor.stats()
         with pytest.raises(dataclasses.FrozenInstanceError):
             stats.frames_committed = 7  # type: ignore[misc]
+
+
+def test_an_older_trainer_leaves_heartbeat_and_commands_to_the_newer_one(run: Path) -> None:
+    """Two trainers on one run by mistake: the newer one owns it, and the run says so."""
+    old, new = Job(), Job()
+    with observe(old, run=run, steer=True) as older:
+        old.step()
+        with observe(new, run=run, steer=True) as newer:
+            new.step()
+            wait_until(lambda: older.stats().faults.get("superseded"), "the older one's notice")
+            opened = open_run(run)
+            for _ in range(30):
+                assert read_status(opened).attempt == newer.stats().attempt
+                assert read_status(opened).state == "live"
+                time.sleep(0.05)
+            apply_now(new, run, newer, "compress")
+            assert older.phase == "memorize"
+    faults = [event for event in open_run(run).events() if event.kind == "fault"]
+    assert len(faults) == 1
+    assert "attempt 1" in faults[0].evidence["reason"]
+
+
+def test_a_run_deleted_while_training_is_counted_and_not_brought_back(
+    run: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    job = Job()
+    with observe(job, run=run, every=1) as monitor:
+        job.step()
+        wait_until(lambda: monitor.stats().frames_committed, "the first frame")
+        shutil.rmtree(run)
+        wait_until(lambda: job.step() or monitor.stats().faults.get("run_removed"), "the fault")
+        committed = monitor.stats().frames_committed
+        for _ in range(3):
+            job.step()
+    assert monitor.stats().frames_committed == committed
+    assert not (run / "store.zarr").exists()
+    assert len([record for record in caplog.records if "run_removed" in record.getMessage()]) == 1
+
+
+def test_an_evaluation_pass_with_gradients_before_the_backward_pass_is_counted(run: Path) -> None:
+    job = Job()
+    with observe(job, run=run, every=1) as monitor:
+        loss = job.forward_loss()
+        job.model(job.next_batch()[:2])
+        loss.backward()
+        job.optimizer.step()
+        assert monitor.stats().faults["no_gradients"] == 1
+
+
+def test_a_run_path_may_go_up_and_down(tmp_path: Path) -> None:
+    job = Job()
+    with observe(job, run=tmp_path / "a" / ".." / "b" / "run") as monitor:
+        job.step()
+        assert monitor.enabled
+    assert open_run(tmp_path / "b" / "x" / ".." / "run").objects.path == (tmp_path / "b" / "run").resolve()

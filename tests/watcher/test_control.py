@@ -281,12 +281,10 @@ def test_what_is_unknown_is_left_out_of_an_events_figures(tmp_path: Path) -> Non
     assert "mbe_best" not in figures
 
 
-def test_unknown_options_of_the_gate_are_named(tmp_path: Path) -> None:
+def test_unknown_options_of_the_gate_are_named_before_anything_is_followed(tmp_path: Path) -> None:
     trainer = SyntheticTrainer(tmp_path)
-    judge = Judge(trainer.run, "advise", channel_of(trainer), {"patience": 3})
-    joined = JoinedStep(attempt=1, step=0, frames=(), source={0: 0}, missing_ranks=(), is_correction=False)
     with pytest.raises(ConfigError, match=r"expected \[gapt\] options.*patience.*correct monitor\.toml"):
-        judge.judge(joined, ())
+        Judge(trainer.run, "advise", channel_of(trainer), {"patience": 3})
 
 
 def test_the_gate_starts_afresh_with_an_attempt(tmp_path: Path) -> None:
