@@ -14,7 +14,8 @@ import pytest
 from playwright.sync_api import expect
 
 from entropy_monitor import open_run
-from tests.chromium import PATIENCE_MS, launched
+
+from .chromium import PATIENCE_MS, launched
 
 TOKEN = "sesame-of-the-test"
 

@@ -87,7 +87,9 @@ class StepOrder:
         self._attempts = np.concatenate([self._attempts, attempts_N])
         self._commit_steps = np.concatenate([self._commit_steps, steps_N])
         ascending = np.diff(steps_N, prepend=self.steps[-1] if len(self.steps) else -1)
-        if (ascending > 0).all() and (attempts_N >= newest).all() and (np.diff(attempts_N) >= 0).all():
+        # An attempt that grows past rows of an older one hides them: then all is selected anew.
+        hides = len(self.rows) > 0 and attempts_N[0] == newest and self._attempts[self.rows[-1]] != newest
+        if not hides and (ascending > 0).all() and (attempts_N >= newest).all() and (np.diff(attempts_N) >= 0).all():
             self.rows = np.concatenate([self.rows, np.arange(start, start + len(steps_N))])
             self.steps = np.concatenate([self.steps, steps_N])
             self._judge_stride()

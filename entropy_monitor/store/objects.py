@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _MISSING_GENERATION = b"\x02"  # TensorStore's StorageGeneration::NoValue: "write only if nothing is there"
 # A SIGKILL cannot lose what the kernel has accepted, so nothing waits for the disk (docs/decisions.md).
 _CONTEXT = {"file_io_sync": False}
-_TENSORSTORE_ERRORS = (ValueError, OSError, RuntimeError, NotImplementedError)
+_TENSORSTORE_ERRORS = (ValueError, OSError, RuntimeError)
 T = TypeVar("T")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from entropy_dashboard.history import LayerHistory, ScalarHistory, Series, StepOrder, select_rows
@@ -43,6 +43,7 @@ def test_selection_equals_its_slow_twin(rows):
 
 @settings(deadline=None, max_examples=200)
 @given(rows=ROWS, sizes=st.lists(st.integers(1, 8), max_size=30), most=st.integers(1, 40))
+@example(rows=[(1, 1), (2, 0), (2, 2)], sizes=[2], most=1)  # an attempt grows past a row of an older one
 def test_portions_do_not_matter(rows, sizes, most):
     """Appended in any portions, with corrections and new attempts, history equals one made at once."""
     order = StepOrder()
