@@ -15,8 +15,9 @@ class Metric:
 
     name: str
     unit: Literal["nats", "dimensions", "cosine", "ratio"]
-    samples: Literal["tokens", "patches"]
-    """What ``num_samples`` counts."""
+    samples: Literal["tokens", "patches", "window_tokens", "probes"]
+    """What ``num_samples`` counts: sampled tokens or patches of the step, tokens of the sliding window that ends with
+    it, or probe batches, one for each rank."""
     source: str
     description: str
 
@@ -27,10 +28,10 @@ def _information(about: Literal["input", "output"], length: int) -> Metric:
     return Metric(
         name=f"mi_{about}_{length}",
         unit="nats",
-        samples="tokens",
+        samples="window_tokens",
         source=_SOFT,
         description=f"Mutual information between activations and the {words} {position} the position, by soft entropy, "
-        "with back-off to shorter contexts and corrected for the finite sample.",
+        "over a sliding window of steps, with back-off to shorter contexts, corrected for the finite sample.",
     )
 
 
@@ -87,13 +88,14 @@ METRICS: tuple[Metric, ...] = (
         unit="nats",
         samples="tokens",
         source=_SOFT,
-        description="Entropy of activation directions, softly assigned to fixed random reference directions.",
+        description="Entropy of activation directions, softly assigned to 100 fixed random reference directions; at "
+        "most ln 100, corrected to second order for the finite sample.",
     ),
     *(_information(about, length) for about in ("input", "output") for length in (1, 2, 3)),
     Metric(
         name="optimality",
         unit="ratio",
-        samples="tokens",
+        samples="window_tokens",
         source=_SOFT,
         description="Information about the next token over information about the current one: mi_output_1 over "
         "mi_input_1.",
@@ -113,6 +115,21 @@ METRICS: tuple[Metric, ...] = (
         source=_MBE,
         description="Cosine between the gradients of cross-entropy and of raw mbe with respect to the weights of the "
         "last linear layer that writes these activations; undetermined where there is none or it could not be checked.",
+    ),
+    Metric(
+        name="alignment_exact",
+        unit="cosine",
+        samples="probes",
+        source=_MBE,
+        description="The quantity that alignment_weight estimates, by backpropagation on the probe batch: an audit, "
+        "made every exact_alignment_every steps. It has no standard error: only the choice of the batch is random.",
+    ),
+    Metric(
+        name="alignment_exact_all",
+        unit="cosine",
+        samples="probes",
+        source=_MBE,
+        description="The same with respect to all parameters of the model.",
     ),
 )
 """All metrics, in the order of the dataset that readers get."""

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 Control = Literal["off", "advise", "auto"]
+Observe = Literal["training", "probe"]
 ENVIRONMENT_PREFIX = "ENTROPY_MONITOR_"
 _TABLES = ("hooks", "watch", "gapt")
 
@@ -45,7 +46,9 @@ class MonitorOptions:
     loss_scale: float | None = None
     """d(total loss)/d(CE), where it cannot be read off the graph (several loss terms)."""
     exact_alignment_every: int = 0
-    """Reserved for the exact audit; only 0 is accepted in this version."""
+    """Audit the alignment by autograd on the probe batch when ``step % exact_alignment_every == 0``; 0 never does."""
+    observe: Observe = "training"
+    """What a frame holds: the training batch's last pass, or a pass on the fixed probe batch at the same parameters."""
     token_dim: int | None = None
     """Sequence axis of the activations; None takes the module's ``batch_first``, else 1."""
 
@@ -60,8 +63,14 @@ class MonitorOptions:
             raise ConfigError(f"expected a finite loss_scale > 0; found {self.loss_scale}: leave it out to read it off")
         if self.max_overhead is not None:
             raise ConfigError("max_overhead is not available in this version: leave it out and set `every`")
-        if self.exact_alignment_every:
-            raise ConfigError("exact_alignment_every is not available in this version: leave it at 0")
+        _at_least("exact_alignment_every", self.exact_alignment_every, 0, "0 never audits")
+        if self.exact_alignment_every % self.every:
+            raise ConfigError(
+                f"expected exact_alignment_every to be a multiple of every, {self.every}; found "
+                f"{self.exact_alignment_every}: audits travel with frames, choose e.g. {10 * self.every}"
+            )
+        if self.observe not in get_args(Observe):
+            raise ConfigError(f"expected observe training or probe; found {self.observe!r}: correct the value")
         if self.token_dim not in (None, 0, 1):
             raise ConfigError(f"expected token_dim 0 or 1; found {self.token_dim}: leave it out for the module's own")
 

@@ -18,15 +18,21 @@ if TYPE_CHECKING:
 Phase = Literal["memorize", "compress"]
 CommandPhase = Literal["memorize", "compress", "auto"]
 Regime = Literal["undetermined", "memorizing", "compressing"]
+Stage = Literal["undetermined", "fitting", "compression"]
+"""Where a run stands on the information plane: neither regime nor phase."""
 AckStatus = Literal["applied", "rejected", "expired"]
 
 PHASES: tuple[Phase, ...] = ("memorize", "compress")
 """Phases in the order of their stored codes."""
 REGIMES: tuple[Regime, ...] = ("undetermined", "memorizing", "compressing")
 """Regimes in the order of their stored codes."""
+STAGES: tuple[Stage, ...] = ("undetermined", "fitting", "compression")
+"""Stages in the order of their stored codes."""
 
 PATCH_LENGTH = 8
 """Consecutive tokens in one patch, the window of matrix-based entropy in arXiv 2505.08727."""
+TOKEN_OFFSETS = (-2, -1, 0, 1, 2, 3)
+"""Token ids kept around each sampled position: the input 3-gram that ends there, the output 3-gram that follows."""
 NUM_JACKKNIFE_GROUPS = 16
 """Groups into which the sampled patches are dealt for standard errors of the weight-space alignment."""
 
@@ -54,6 +60,16 @@ class AlignmentParts(NamedTuple):
     2 identity-path check failed, 3 sharded gradient, 4 the gradient holds steering terms)."""
 
 
+class ExactAlignment(NamedTuple):
+    """CE-MBE alignment of one frame's step by autograd on the probe batch (arXiv 2505.08727; no standard error)."""
+
+    layers: tuple[str, ...]
+    """Every tapped layer, in model order."""
+    cosines: NDArray[np.float32]
+    """Shape ``(L, 2)``: over the weight of the last linear layer that writes into the layer's output, and over all
+    trained parameters; NaN where undetermined or where this step was not audited."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Frame:
     """What one rank's hooks saw of the forward and backward pass that led to one optimizer step."""
@@ -75,6 +91,8 @@ class Frame:
     groups: tuple[LayerGroup, ...] = ()
     """Sampled arrays; empty when the frame was read without them."""
     alignment: AlignmentParts | None = None
+    exact_alignment: ExactAlignment | None = None
+    """None where the trainer does not audit at all."""
     token_windows: NDArray[np.int32] | None = None
     """Shape ``(n, w)``: token ids around each sampled position, -1 where there is none."""
     num_patches: int = 0
@@ -134,7 +152,7 @@ class PhaseEvent:
     step: int
     layer: str | None
     kind: str
-    """``regime``, ``transition``, ``advice``, ``alert`` or ``fault``."""
+    """``regime``, ``stage``, ``sign``, ``cycle``, ``plateau``, ``transition``, ``advice``, ``alert`` or ``fault``."""
     regime: Regime
     score: float
     evidence: Mapping[str, Any] = field(default_factory=dict[str, Any])

@@ -61,6 +61,9 @@ def frame_data(layout: FrameLayout, step: int, *, attempt: int = 1, seed: int = 
         else None,
         "alignment": rng.standard_normal((aligned, 16, 3)).astype(np.float32) if aligned else None,
         "alignment_info": np.tile(np.float32([1, 4, 16, 1]), (aligned, 1)) if aligned else None,
+        "exact_alignment": rng.uniform(-1, 1, (len(layout.exact_layers), 2)).astype(np.float32)
+        if layout.exact_layers
+        else None,
     }
     return FrameData(**{**fields, **changes})
 

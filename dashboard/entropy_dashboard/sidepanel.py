@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 MAX_EVENTS = 8
 _EVENT_ICONS = {
     "regime": ":blue[:material/timeline:]",
+    "stage": ":blue[:material/moving:]",
+    "sign": ":blue[:material/exposure:]",
+    "cycle": ":blue[:material/cycle:]",
+    "plateau": ":blue[:material/flag:]",
     "transition": ":violet[:material/swap_horiz:]",
     "advice": ":gray[:material/lightbulb:]",
     "alert": ":orange[:material/warning:]",

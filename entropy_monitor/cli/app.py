@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from entropy_monitor import __version__
-from entropy_monitor.cli import dashboard, demo, doctor, phase, status, watch
+from entropy_monitor.cli import dashboard, demo, doctor, phase, rank, status, watch
 from entropy_monitor.errors import ConfigError, EntropyMonitorError, NotARunError, RunNotFoundError
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ app.command(name="watch")(watch.watch)
 app.command(name="dashboard")(dashboard.dashboard)
 app.command(name="status")(status.status)
 app.command(name="phase")(phase.phase)
+app.command(name="rank")(rank.rank)
 app.command(name="doctor")(doctor.doctor)
 
 

@@ -46,6 +46,8 @@ def _lines(found: RunStatus) -> list[tuple[str, str]]:
             f"{_text(found.phase)}, weight {_text(found.weight)}, {'steered' if found.steer else 'observe-only'}",
         ),
         ("regime", found.regime),
+        ("stage", found.stage),
+        ("early stopping", found.early_stopping["advice"]),
         ("frames", f"{found.frames_committed} committed, {found.frames_dropped} dropped{unmeasured}"),
         ("watcher", f"{found.watcher_state}, control {found.control}, measured to {_text(found.last_measured_step)}"),
         ("lag", f"p50 {_seconds(lag['p50'])}, p95 {_seconds(lag['p95'])} from commit to metrics"),

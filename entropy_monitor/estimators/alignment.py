@@ -68,23 +68,39 @@ def gradient_alignment(
         # The cosine knows neither scale, and squares of fp16-scaled gradients would underflow.
         z_BPD = split_patches(z_ND / largest_entry(z_ND, dim=(-2, -1)), patch)
         g_BPD = split_patches(g_ND / largest_entry(g_ND, dim=(-2, -1)), patch)
-        k_BPP = (z_BPD @ z_BPD.mT).double()
-        p_BPP = (g_BPD @ z_BPD.mT).double()
-        t_B, q_B = trace(k_BPP), k_BPP.square().sum((-2, -1))
-        k3_B = ((k_BPP @ k_BPP) * k_BPP).sum((-2, -1))
-        sums_B3 = torch.stack(
-            [
-                4 * (trace(p_BPP) / t_B - (k_BPP * p_BPP).sum((-2, -1)) / q_B),
-                16 * (k3_B / q_B.square() - 1 / t_B),
-                g_BPD.square().sum((-2, -1)).double(),
-            ],
-            -1,
+        return alignment_of_patches(
+            z_BPD @ z_BPD.mT, g_BPD @ z_BPD.mT, g_BPD.square().sum((-2, -1)), num_groups=num_groups
         )
-        num_groups = min(num_groups, sums_B3.shape[-2])
-        sums_G3 = group_one_hot(sums_B3, num_groups).mT @ sums_B3
-        total_3 = sums_G3.sum(-2)
-        std_error = jackknife(_cosine(total_3[..., None, :] - sums_G3), torch.tensor(num_groups, device=z_ND.device))
-        return Alignment(_cosine(total_3).to(z_ND.dtype), std_error.to(z_ND.dtype))
+
+
+def alignment_of_patches(
+    k_BPP: Float[Tensor, "*batch b p p"],
+    p_BPP: Float[Tensor, "*batch b p p"],
+    square_g_B: Float[Tensor, "*batch b"],
+    num_groups: int,
+) -> Alignment:
+    """Finish `gradient_alignment` from its small products ``z z^T``, ``g z^T`` and ``||g||^2`` of each patch.
+
+    Returns:
+        Cosine and standard error, in the type of the products.
+    """
+    dtype = k_BPP.dtype
+    k_BPP, p_BPP = k_BPP.double(), p_BPP.double()
+    t_B, q_B = trace(k_BPP), k_BPP.square().sum((-2, -1))
+    k3_B = ((k_BPP @ k_BPP) * k_BPP).sum((-2, -1))
+    sums_B3 = torch.stack(
+        [
+            4 * (trace(p_BPP) / t_B - (k_BPP * p_BPP).sum((-2, -1)) / q_B),
+            16 * (k3_B / q_B.square() - 1 / t_B),
+            square_g_B.double(),
+        ],
+        -1,
+    )
+    num_groups = min(num_groups, sums_B3.shape[-2])
+    sums_G3 = group_one_hot(sums_B3, num_groups).mT @ sums_B3
+    total_3 = sums_G3.sum(-2)
+    std_error = jackknife(_cosine(total_3[..., None, :] - sums_G3), torch.tensor(num_groups, device=k_BPP.device))
+    return Alignment(_cosine(total_3).to(dtype), std_error.to(dtype))
 
 
 def _cosine(sums_3: Tensor) -> Tensor:

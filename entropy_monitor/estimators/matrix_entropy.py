@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
 from entropy_monitor.estimators.inputs import (
     Array,
     as_samples,
@@ -13,11 +15,14 @@ from entropy_monitor.estimators.inputs import (
     split_patches,
     trace,
 )
-from entropy_monitor.estimators.spectrum import eigenvalues, spectral_entropy
+from entropy_monitor.estimators.spectrum import eigenvalues, identity_like, spectral_entropy
 
 if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
+
+_SAFE_SQUARES = (1e-24, 1e30)
+"""Square norms of rows between which fp32 products neither overflow nor lose small entries."""
 
 
 def matrix_entropy(
@@ -30,8 +35,8 @@ def matrix_entropy(
         S_a = log tr(A^a) / (1 - a),    S_1 = -tr(A log A),    S_2 = 2 log tr K - log ||K||_F^2
 
     Source: arXiv 2505.08727 (matrix-based entropy); order 2 is the form that paper uses. Order 2 needs no
-    eigenvalues; others take them in fp64 on the smaller side, so that the cost is ``min(n, d)^3``: above 2048 pass a
-    subsample of the tokens.
+    eigenvalues; others take them on the smaller side, so that the cost is ``min(n, d)^3``: above 2048 pass a subsample
+    of the tokens. Of fp32 input S_1 is within 1e-4 nats of its fp64 value, orders below 1 are computed in fp64.
 
     Range: 0 (rank one) to ``log min(n, d)`` (orthogonal rows of equal norm), for any scale of ``z``. All-zero ``z`` has
     no spectrum and gives NaN. A zero row adds nothing. Bias: the plug-in value of a sample is low, at n = 256 by up to
@@ -95,7 +100,31 @@ def patch_entropies(
     z_ND = as_samples(z)
     if center:
         z_ND = z_ND - z_ND.mean(-2, keepdim=True)
-    return matrix_entropy(split_patches(z_ND, patch), normalize=normalize)
+    z_BPD = split_patches(z_ND, patch)
+    with full_precision(z_BPD):
+        gram_BPP = z_BPD @ z_BPD.mT
+    # Scaling each patch first, as matrix_entropy does, takes four times as long as its Gram matrix. So squares are
+    # taken as they come, and the patches whose squares may overflow or vanish are done again with care.
+    square_norm_BP = gram_BPP.diagonal(dim1=-2, dim2=-1)
+    doubtful_B = ~((square_norm_BP > _SAFE_SQUARES[0]) & (square_norm_BP < _SAFE_SQUARES[1])).all(-1)
+    if not bool(doubtful_B.any()):
+        return _order_two(gram_BPP, normalize)
+    entropies_B = _order_two(torch.where(doubtful_B[..., None, None], identity_like(gram_BPP), gram_BPP), normalize)
+    with_care = doubtful_B.nonzero(as_tuple=True)
+    return entropies_B.index_put(with_care, matrix_entropy(z_BPD[with_care], normalize=normalize))
+
+
+def _order_two(gram_BPP: Tensor, normalize: bool) -> Tensor:
+    """Give ``-log ||A||_F^2`` with ``A = K / tr K``, K divided by its row norms first if asked.
+
+    Returns:
+        ``[..., b]``.
+    """
+    if normalize:
+        inverse_norm_BP = gram_BPP.diagonal(dim1=-2, dim2=-1).rsqrt()
+        gram_BPP = gram_BPP * inverse_norm_BP[..., :, None] * inverse_norm_BP[..., None, :]
+    density_BPP = gram_BPP / trace(gram_BPP)[..., None, None]
+    return -density_BPP.square().sum((-2, -1)).log()
 
 
 def patch_matrix_entropy(

@@ -11,6 +11,8 @@ from entropy_monitor.estimators.spectrum import eigenvectors, positive_part
 from entropy_monitor.estimators.standard_error import sum_blocks
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from jaxtyping import Float
     from torch import Tensor
 
@@ -61,7 +63,7 @@ def matrix_entropy_unbiased(
     """
     z_ND = _blocked(z, block, normalize, center)
     with full_precision(z_ND):
-        return _entropy_of_pairs(*_pair_sums(z_ND, small_gram(z_ND), block))[0]
+        return _entropy_of_pairs(*_pair_sums(z_ND, small_gram(z_ND), _own_mass(z_ND, block), block))[0]
 
 
 def sample_entropies(
@@ -94,10 +96,30 @@ def sample_entropies(
     """
     z_ND = _blocked(z, block, normalize, center)
     with torch.no_grad(), full_precision(z_ND):
-        gram_SS = small_gram(z_ND)
-        s2, s2_std_error = _entropy_of_pairs(*_pair_sums(z_ND, gram_SS, block))
-        s1, influence_N = _von_neumann(z_ND, gram_SS)
-        s1_std_error = sum_blocks(influence_N, block).square().sum(-1).sqrt()
+        return entropies_of_prepared(z_ND, _own_mass(z_ND, block), block, _von_neumann)
+
+
+def entropies_of_prepared(
+    z_ND: Float[Tensor, "*batch n d"],
+    own_mass_B: Float[Tensor, "*batch b"],
+    block: int,
+    von_neumann: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+) -> SampleEntropies:
+    """Finish `sample_entropies` for rows that are scaled already.
+
+    Args:
+        z_ND: centred, normalised and scaled as wanted, entries of at most 1.
+        own_mass_B: ``sum k_ij^2`` over the pairs within each block.
+        block: tokens drawn together.
+        von_neumann: gives S1 and each token's influence from rows and Gram matrix.
+
+    Returns:
+        `SampleEntropies`, detached.
+    """
+    gram_SS = small_gram(z_ND)
+    s2, s2_std_error = _entropy_of_pairs(*_pair_sums(z_ND, gram_SS, own_mass_B, block))
+    s1, influence_N = von_neumann(z_ND, gram_SS)
+    s1_std_error = sum_blocks(influence_N, block).square().sum(-1).sqrt()
     return SampleEntropies(s1, s1_std_error, s2, s2_std_error)
 
 
@@ -111,7 +133,17 @@ def _blocked(z: Array, block: int, normalize: bool, center: bool) -> Tensor:
     return prepare(z_ND, normalize, center)
 
 
-def _pair_sums(z_ND: Tensor, gram_SS: Tensor, block: int) -> tuple[Tensor, Tensor]:
+def _own_mass(z_ND: Tensor, block: int) -> Tensor:
+    """Sum ``k_ij^2`` over the pairs within each block.
+
+    Returns:
+        ``[..., num_blocks]``.
+    """
+    z_BPD = split_patches(torch.nn.functional.pad(z_ND, (0, 0, 0, -z_ND.shape[-2] % block)), block)
+    return (z_BPD @ z_BPD.mT).square().sum((-2, -1))
+
+
+def _pair_sums(z_ND: Tensor, gram_SS: Tensor, own_mass_B: Tensor, block: int) -> tuple[Tensor, Tensor]:
     """Sum over pairs whose first token lies in a block and whose second lies in another.
 
     Returns:
@@ -119,8 +151,6 @@ def _pair_sums(z_ND: Tensor, gram_SS: Tensor, block: int) -> tuple[Tensor, Tenso
     """
     rows_first = z_ND.shape[-2] <= z_ND.shape[-1]
     row_mass_N = gram_SS.square().sum(-1) if rows_first else (z_ND @ gram_SS * z_ND).sum(-1)
-    z_BPD = split_patches(torch.nn.functional.pad(z_ND, (0, 0, 0, -z_ND.shape[-2] % block)), block)
-    own_mass_B = (z_BPD @ z_BPD.mT).square().sum((-2, -1))
     trace_B = sum_blocks(z_ND.square().sum(-1), block)
     return trace_B * (trace_B.sum(-1, keepdim=True) - trace_B), sum_blocks(row_mass_N, block) - own_mass_B
 

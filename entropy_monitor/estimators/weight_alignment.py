@@ -128,8 +128,13 @@ def gradient_alignment_from_parts(
     -.190, this form -.190 +- .030, sampled gradients -.094 +- .073). It stands for a batch much larger than the sample:
     where **all** patches were sampled the exact square norm is U plus the pairs within patches, not ``U B / (B - 1)``.
 
-    Source: arXiv 2505.08727. Standard error: jackknife over the groups that hold patches, group g left out by
-    ``sum a - a_g``, ``U - 2 r_g + w_g`` and its number of patches.
+    That ratio is biased in a few dozen patches (by up to .6 of its standard deviation where the cosine is -.8); the
+    jackknife's estimate of the bias is taken off: ``G cos - sum_g (1 - m_g / B) cos_g``, where ``cos_g`` leaves out the
+    m_g patches of group g by ``sum a - a_g`` and ``U - 2 r_g + w_g``.
+
+    Source: arXiv 2505.08727; jackknife of unequal groups, Busing et al. 1999. Standard error: jackknife over the G
+    groups that hold patches, widened as Student's t with G - 1 degrees of freedom asks, so that two of them hold the
+    truth in 95 % of draws, as they do of a normal error.
 
     Args:
         parts: ``[..., num_groups, 3]``.
@@ -138,8 +143,7 @@ def gradient_alignment_from_parts(
 
     Returns:
         Cosine and standard error, fp64; not bounded by 1, as the norm is an estimate. NaN, undetermined, where
-        ``U <= 0`` or ``||W_g||`` is 0; the standard error also where that holds with
-        a group left out, as for B below 3.
+        ``||W_g||`` is 0, or ``U <= 0`` with all patches or with any group left out, as for B below 3.
 
     Raises:
         ValueError: ``parts`` does not end in ``[num_groups, 3]``.
@@ -163,10 +167,23 @@ def gradient_alignment_from_parts(
     num_groups = parts_G3.shape[-2]
     # Round-robin dealing: group g holds the patches g, g + num_groups, ...
     group = torch.arange(num_groups, device=parts_G3.device)
-    held_G = ((count[..., None] - group) / num_groups).ceil()
+    held_G = ((count[..., None] - group) / num_groups).ceil().clamp(min=0)
     left_out_G = _cosine(along_1 - along_G, square_1 - 2 * row_G + within_G, norm[..., None], count[..., None] - held_G)
-    cosine = _cosine(along_1[..., 0], square_1[..., 0], norm, count)
-    return Alignment(cosine, jackknife(left_out_G, count.clamp(max=num_groups)))
+    num_held = count.clamp(max=num_groups)
+    weighted_G = torch.where(held_G > 0, (1 - held_G / count[..., None]) * left_out_G, 0.0)
+    cosine = num_held * _cosine(along_1[..., 0], square_1[..., 0], norm, count) - weighted_G.sum(-1)
+    return Alignment(cosine, jackknife(left_out_G, num_held) * _student_factor(num_held - 1))
+
+
+def _student_factor(freedom: Tensor) -> Tensor:
+    """Give the ratio of the quantiles of Student's t and of the normal distribution at two standard deviations.
+
+    Source: Abramowitz and Stegun 26.7.5 to the third order: 4 % low at two degrees of freedom, within 2e-4 above seven.
+
+    Returns:
+        Factors above 1.
+    """
+    return (2 + 2.5 / freedom + 3.0625 / freedom**2 + 2.859375 / freedom**3) / 2
 
 
 def _cosine(along: Tensor, square: Tensor, norm: Tensor, num_patches: Tensor) -> Tensor:

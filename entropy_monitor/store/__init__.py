@@ -37,6 +37,7 @@ from entropy_monitor.store.metrics import (
     MetricsRow,
     MetricsWriter,
     read_cursor,
+    read_states,
     read_tail,
 )
 from entropy_monitor.store.objects import Objects
@@ -93,6 +94,7 @@ __all__ = [
     "read_command_bytes",
     "read_cursor",
     "read_heartbeat",
+    "read_states",
     "read_status",
     "read_tail",
     "read_trainer_heartbeats",

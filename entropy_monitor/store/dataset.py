@@ -9,7 +9,7 @@ import numpy as np
 from entropy_monitor.catalog import METRICS
 from entropy_monitor.store import layout
 from entropy_monitor.store.metrics import MetricsBlock, MetricsReader
-from entropy_monitor.types import PHASES, REGIMES
+from entropy_monitor.types import PHASES, REGIMES, STAGES
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 Attempt = int | Literal["latest", "all"]
 _RUN_SCALARS = ("ce", "wall_time_s", "num_patches", "num_tokens", "num_tokens_seen", "num_ranks")
+"""Columns of every run; a run's table may have more."""
+_CODES = {"phase": PHASES, "regime": REGIMES, "stage": STAGES}
+_INDICES = ("attempt", "step")
 
 
 def metrics_dataset(objects: Objects, attempt: Attempt) -> xr.Dataset:
@@ -46,11 +49,13 @@ def metrics_dataset(objects: Objects, attempt: Attempt) -> xr.Dataset:
         attributes |= {"n": int(samples[0]) if is_constant else f"see num_{metric.samples}"}
         for name in (metric.name, f"{metric.name}_se"):
             variables[name] = (("step", "layer"), _layer_table(blocks, layers, name)[keep], attributes)
-    for name in _RUN_SCALARS:
-        variables[name] = ("step", _column(blocks, name)[keep])
+    recorded = (name for block in blocks for name in block.layout.scalars)
+    for name in dict.fromkeys((*_RUN_SCALARS, *recorded)):
+        if name not in _INDICES and name not in _CODES:
+            variables[name] = ("step", _column(blocks, name)[keep])
     variables["attempt"] = ("step", attempts[keep])
-    variables["phase"] = ("step", _decode(_column(blocks, "phase")[keep], PHASES))
-    variables["regime"] = ("step", _decode(_column(blocks, "regime")[keep], REGIMES))
+    for name, meanings in _CODES.items():
+        variables[name] = ("step", _decode(_column(blocks, name)[keep], meanings))
     return xr.Dataset(variables, coords={"step": steps[keep], "layer": np.array(layers, dtype=object)})
 
 

@@ -15,7 +15,7 @@ from entropy_monitor.store.frames import (
     list_commits,
     list_segments,
 )
-from entropy_monitor.types import PHASES, AlignmentParts, Frame, LayerGroup
+from entropy_monitor.types import PHASES, AlignmentParts, ExactAlignment, Frame, LayerGroup
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -54,6 +54,8 @@ class _OpenSegment:
     tokens: Array | None
     alignment: tuple[tuple[str, ...], Array, Array] | None
     """Layers, parts and info."""
+    exact: tuple[tuple[str, ...], Array] | None
+    """Layers and cosines."""
 
 
 class FrameReader:
@@ -81,7 +83,7 @@ class FrameReader:
         if frame is None or not arrays:
             return frame
         try:
-            groups, tokens, alignment = self._read_arrays(seq)
+            whole = self._read_arrays(frame)
         except CorruptFrameError as error:
             if self._objects.get(layout.commit_key(self.rank, seq)) is None:
                 raise FrameGoneError(f"frame {seq} of rank {self.rank} was removed by retention while read") from error
@@ -89,7 +91,7 @@ class FrameReader:
         # The record is removed before the data: if it is still there, what was read was whole.
         if self._objects.get(layout.commit_key(self.rank, seq)) is None:
             raise FrameGoneError(f"frame {seq} of rank {self.rank} was removed by retention while read")
-        return _with_arrays(frame, groups, tokens, alignment)
+        return whole
 
     def is_committed(self, seq: int) -> bool:
         """Whether there is a commit record.
@@ -130,16 +132,22 @@ class FrameReader:
             scalars={name: record[name] for name in FRAME_SCALARS},
         )
 
-    def _read_arrays(self, seq: int) -> tuple[tuple[LayerGroup, ...], NDArray[np.int32] | None, AlignmentParts | None]:
-        number, slot = divmod(seq, layout.SEGMENT_FRAMES)
+    def _read_arrays(self, frame: Frame) -> Frame:
+        number, slot = divmod(frame.seq, layout.SEGMENT_FRAMES)
         if self._open is None or self._open.number != number:
             self._open = self._open_segment(number)
-        groups = tuple(_decode(array.read(slot), layers, dtype) for array, layers, dtype in self._open.groups)
-        tokens = None if self._open.tokens is None else self._open.tokens.read(slot)
-        if self._open.alignment is None:
-            return groups, tokens, None
-        layers, parts, info = self._open.alignment
-        return groups, tokens, AlignmentParts(layers, parts.read(slot), info.read(slot))
+        found = replace(
+            frame,
+            groups=tuple(_decode(array.read(slot), layers, dtype) for array, layers, dtype in self._open.groups),
+            token_windows=None if self._open.tokens is None else self._open.tokens.read(slot),
+        )
+        if self._open.alignment is not None:
+            layers, parts, info = self._open.alignment
+            found = replace(found, alignment=AlignmentParts(layers, parts.read(slot), info.read(slot)))
+        if self._open.exact is not None:
+            layers, cosines = self._open.exact
+            found = replace(found, exact_alignment=ExactAlignment(layers, cosines.read(slot)))
+        return found
 
     def _open_segment(self, number: int) -> _OpenSegment:
         key = layout.frames_key(self.rank, number)
@@ -158,11 +166,13 @@ class FrameReader:
                 )
             ]
             aligned = tuple(attributes["alignment_layers"])
+            exact = tuple(attributes.get("exact_layers", ()))  # segments of earlier versions have none
             return _OpenSegment(
                 number,
                 tuple(groups),
                 open_array("tokens") if attributes["token_window"] else None,
                 (aligned, open_array("alignment"), open_array("alignment_info")) if aligned else None,
+                (exact, open_array("exact_alignment")) if exact else None,
             )
         except (OSError, KeyError, ValueError, TypeError) as error:
             raise CorruptFrameError(f"expected readable arrays at {self._objects.url}/{key}; {error}") from error
@@ -183,12 +193,3 @@ def _decode(block: NDArray[Any], layers: tuple[str, ...], dtype: str) -> LayerGr
     else:
         block = block.astype(np.float32, copy=False)
     return LayerGroup(layers, block[0], block[1] if len(block) > 1 else None)
-
-
-def _with_arrays(
-    frame: Frame,
-    groups: tuple[LayerGroup, ...],
-    tokens: NDArray[np.int32] | None,
-    alignment: AlignmentParts | None,
-) -> Frame:
-    return replace(frame, groups=groups, token_windows=tokens, alignment=alignment)

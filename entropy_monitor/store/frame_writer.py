@@ -37,6 +37,7 @@ class _Segment:
     tokens: Array | None = None
     alignment: Array | None = None
     alignment_info: Array | None = None
+    exact_alignment: Array | None = None
     next_slot: int = 0
 
 
@@ -87,6 +88,7 @@ class FrameWriter:
             (segment.tokens, frame.tokens),
             (segment.alignment, frame.alignment),
             (segment.alignment_info, frame.alignment_info),
+            (segment.exact_alignment, frame.exact_alignment),
         )
         pending += [
             (array, array.write((slot,), block[None]))
@@ -138,6 +140,7 @@ class FrameWriter:
             "layers": [list(group.layers) for group in frame_layout.groups],
             "logical_dtype": [group.dtype for group in frame_layout.groups],
             "alignment_layers": list(frame_layout.alignment_layers),
+            "exact_layers": list(frame_layout.exact_layers),
             "kinds": ["activation", "gradient"][: 1 + frame_layout.gradients],
             "columns": list(layout.COMMIT_COLUMNS),
             "token_window": frame_layout.token_window,
@@ -172,6 +175,11 @@ class FrameWriter:
             )
             segment.alignment_info = self._side_array(
                 f"{key}/alignment_info", (layers, 4), ("alignment_layer", "info"), "f4", missing
+            )
+        if frame_layout.exact_layers:
+            shape = (len(frame_layout.exact_layers), 2)
+            segment.exact_alignment = self._side_array(
+                f"{key}/exact_alignment", shape, ("exact_layer", "exact_part"), "f4", float("nan")
             )
         # The commit record carries no checksum: it is created whole by one atomic operation that zarr writers lack.
         Array.create(

@@ -42,6 +42,8 @@ class FrameLayout:
     """Token ids stored around each position; 0 stores none."""
     alignment_layers: tuple[str, ...]
     """Layers with weight-space alignment; empty stores none."""
+    exact_layers: tuple[str, ...] = ()
+    """Layers with exact alignment; empty stores none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +63,7 @@ class FrameData:
     tokens: NDArray[np.int32] | None = None
     alignment: NDArray[np.float32] | None = None
     alignment_info: NDArray[np.float32] | None = None
+    exact_alignment: NDArray[np.float32] | None = None
 
 
 def next_segment(objects: Objects, rank: int) -> int:

@@ -1,12 +1,13 @@
 """The metrics table: one row for each (attempt, step), kept for ever, its cursor committed with it.
 
-Three arrays a segment are written in the order ``values``, ``scalars``, ``source``; a row exists once its ``source``
-does. Each append rewrites the tail chunk of each, so a restarted watcher continues exactly behind the last whole row.
+Four arrays a segment are written in the order ``values``, ``scalars``, ``states``, ``source``; a row exists once its
+``source`` does. Each append rewrites the tail chunk of each, so a restarted watcher continues exactly behind the last
+whole row. Of the detectors' states only the newest two are kept, in turns: that of the last whole row is one of them.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,7 +15,7 @@ import numpy as np
 from entropy_monitor.errors import CorruptFrameError, CorruptMetricsError, StoreError
 from entropy_monitor.store import layout
 from entropy_monitor.store.arrays import Array, create_group, create_group_path, read_group_attributes
-from entropy_monitor.types import PHASES, REGIMES
+from entropy_monitor.types import PHASES, REGIMES, STAGES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -22,6 +23,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from entropy_monitor.store.objects import Objects
+
+
+_STATES_KEPT = 2
+"""A state is written before its row is committed: the one of the row before must survive until then."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,8 +37,10 @@ class MetricsLayout:
     metrics: tuple[str, ...]
     """Per layer; a standard error stands beside its metric as ``NAME_se``."""
     scalars: tuple[str, ...]
-    """Per row, float64: attempt, step, ..., and the saved state of the detectors."""
+    """Per row, float64: attempt, step, ..."""
     num_ranks: int
+    states: tuple[str, ...] = ()
+    """The detectors' states, float64; those of the newest row alone can be read again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +52,7 @@ class MetricsRow:
     scalars: Mapping[str, float]
     source: Mapping[int, int]
     """`seq` of the frame that each rank contributed."""
+    states: Mapping[str, float] = field(default_factory=dict[str, float])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,8 +87,8 @@ class MetricsWriter:
         self.cursor = read_cursor(objects)
         """Newest measured `seq` of each rank."""
         self._layout: MetricsLayout | None = None
-        self._arrays: tuple[Array, Array, Array] | None = None
-        self._buffers: tuple[NDArray[Any], NDArray[Any], NDArray[Any]] | None = None
+        self._arrays: tuple[Array, Array, Array, Array] | None = None
+        self._buffers: tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any]] | None = None
         self._num_rows = 0
 
     def append(self, metrics_layout: MetricsLayout, row: MetricsRow) -> None:
@@ -98,15 +106,17 @@ class MetricsWriter:
         assert self._arrays is not None
         assert self._buffers is not None
         slot = self._num_rows % layout.TABLE_CHUNK_ROWS
-        values, scalars, source = self._buffers
+        values, scalars, states, source = self._buffers
         if slot == 0:
             values[:], scalars[:], source[:] = np.nan, np.nan, -1
         values[slot] = row.values
         scalars[slot] = [row.scalars.get(name, np.nan) for name in metrics_layout.scalars]
+        states[0, : len(metrics_layout.states)] = [row.states.get(name, np.nan) for name in metrics_layout.states]
         source[slot] = [row.source.get(rank, -1) for rank in range(metrics_layout.num_ranks)]
-        start = (self._num_rows - slot,)
-        for array, buffer in zip(self._arrays, self._buffers, strict=True):
-            array.wait(array.write(start, buffer))
+        first = self._num_rows - slot
+        starts = (first, first, self._num_rows % _STATES_KEPT, first)
+        for array, start, buffer in zip(self._arrays, starts, self._buffers, strict=True):
+            array.wait(array.write((start,), buffer))
         self._num_rows += 1
         self.cursor = _advance(self.cursor, row.source)
 
@@ -116,38 +126,44 @@ class MetricsWriter:
             "layers": list(metrics_layout.layers),
             "metrics": list(metrics_layout.metrics),
             "columns": list(metrics_layout.scalars),
+            "states": list(metrics_layout.states),
             "num_ranks": metrics_layout.num_ranks,
             "cursor": {str(rank): seq for rank, seq in self.cursor.items()},
             "phase": {"flag_values": list(range(len(PHASES))), "flag_meanings": " ".join(PHASES)},
             "regime": {"flag_values": list(range(len(REGIMES))), "flag_meanings": " ".join(REGIMES)},
+            "stage": {"flag_values": list(range(len(STAGES))), "flag_meanings": " ".join(STAGES)},
         }
         key = layout.metrics_key(number)
         if not create_group(self._objects, key, attributes):
             raise StoreError(f"expected metrics segment {number} to be new; another watcher writes this run: stop one")
         rows, chunk, nan = layout.TABLE_SEGMENT_ROWS, layout.TABLE_CHUNK_ROWS, float("nan")
-        layers, metrics = len(metrics_layout.layers), len(metrics_layout.metrics)
-        num_scalars, ranks = len(metrics_layout.scalars), metrics_layout.num_ranks
+        cells = (len(metrics_layout.layers), len(metrics_layout.metrics))
+        # A zarr array has no dimension of size 0.
+        num_scalars, num_states = len(metrics_layout.scalars), max(1, len(metrics_layout.states))
 
         def create(name: str, shape: tuple[int, ...], dtype: str, dimensions: tuple[str, ...], fill: float) -> Array:
+            kept = (_STATES_KEPT, 1) if name == "states" else (rows, chunk)
             return Array.create(
                 self._objects,
                 f"{key}/{name}",
-                shape=(rows, *shape),
-                chunk=(chunk, *shape),
+                shape=(kept[0], *shape),
+                chunk=(kept[1], *shape),
                 dtype=dtype,
-                dimensions=("row", *dimensions),
+                dimensions=dimensions,
                 fill=fill,
             )
 
         self._arrays = (
-            create("values", (layers, metrics), "f4", ("layer", "metric"), nan),
-            create("scalars", (num_scalars,), "f8", ("column",), nan),
-            create("source", (ranks,), "i8", ("rank",), -1),
+            create("values", cells, "f4", ("row", "layer", "metric"), nan),
+            create("scalars", (num_scalars,), "f8", ("row", "column"), nan),
+            create("states", (num_states,), "f8", ("parity", "state"), nan),
+            create("source", (metrics_layout.num_ranks,), "i8", ("row", "rank"), -1),
         )
         self._buffers = (
-            np.full((chunk, layers, metrics), np.nan, np.float32),
+            np.full((chunk, *cells), np.nan, np.float32),
             np.full((chunk, num_scalars), np.nan),
-            np.full((chunk, ranks), -1, np.int64),
+            np.full((1, num_states), np.nan),
+            np.full((chunk, metrics_layout.num_ranks), -1, np.int64),
         )
         self._layout, self._num_rows = metrics_layout, 0
 
@@ -195,6 +211,7 @@ class MetricsReader:
             layers=tuple(attributes["layers"]),
             metrics=tuple(attributes["metrics"]),
             scalars=tuple(attributes["columns"]),
+            states=tuple(attributes.get("states", ())),
             num_ranks=attributes["num_ranks"],
         )
         self._open = (metrics_layout, (values, scalars, source))
@@ -276,3 +293,29 @@ def read_tail(objects: Objects, num_rows: int) -> list[MetricsBlock]:
         if sum(len(block.scalars) for block in blocks) >= num_rows:
             break
     return blocks
+
+
+def read_states(objects: Objects) -> dict[str, float]:
+    """The detectors' states as they were after the newest row.
+
+    Args:
+        objects: the run.
+
+    Returns:
+        Values by name; empty before the first row.
+
+    Raises:
+        CorruptMetricsError: they cannot be read.
+    """
+    for number in reversed(_segments(objects)):
+        num_rows = sum(len(block.scalars) for block in MetricsReader(objects, number, number + 1).read_new())
+        if num_rows:
+            key = layout.metrics_key(number)
+            names = (read_group_attributes(objects, key) or {}).get("states", [])
+            parity = (num_rows - 1) % _STATES_KEPT
+            try:
+                values = Array.open(objects, f"{key}/states").read(parity)
+            except CorruptFrameError as error:
+                raise CorruptMetricsError(str(error)) from error
+            return dict(zip(names, values.tolist(), strict=False))
+    return {}

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 _MOST_ALIVE: tuple[Liveness, ...] = ("live", "stale", "dead", "ended")
 
+_NO_ADVICE = {"stopped": False, "stopped_at": None, "earliest": None, "latest": None, "advice": "undetermined"}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunStatus:
@@ -57,6 +59,11 @@ class RunStatus:
     """``p50`` and ``p95`` of the time from a frame's commit to its metrics row."""
     commands_pending: int
     """Commands that are still valid and that a rank of this attempt has not answered."""
+    stage: str = "undetermined"
+    """On the information plane: fitting, compression or undetermined."""
+    early_stopping: dict[str, Any] = field(default_factory=lambda: dict(_NO_ADVICE))
+    """``advice`` in words; ``stopped``, whether optimality no longer improves; ``stopped_at``, the first step that is
+    as good as the best, and from ``earliest`` to ``latest`` those not significantly worse; None where undetermined."""
     faults: dict[str, int] = field(default_factory=dict[str, int])
     """Count by kind, trainer and watcher together."""
 
@@ -90,6 +97,8 @@ def read_status(run: Run, now: float | None = None) -> RunStatus:
         steer=bool(_get(lead, "steer")),
         every=_get(lead, "every"),
         regime=_get(watcher, "regime") or "undetermined",
+        stage=_get(watcher, "stage") or "undetermined",
+        early_stopping=_get(watcher, "early_stopping") or dict(_NO_ADVICE),
         frames_committed=sum(int(beat.get("frames_committed", 0)) for beat in beats.values()),
         frames_dropped=sum(int(beat.get("frames_dropped", 0)) for beat in beats.values()),
         frames_removed_unmeasured=_removed_unmeasured(objects),

@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from entropy_monitor.store import PERIOD_S, WATCHER, write_heartbeat
+from entropy_monitor.watcher.detectors.plateau import describe_plateau
+from entropy_monitor.watcher.trends import Trends
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from types import TracebackType
 
     from entropy_monitor.store import Objects
-    from entropy_monitor.types import Regime
 
 logger = logging.getLogger(__name__)
 
@@ -42,16 +43,16 @@ class WatcherBeat:
             "control": control,
             "cursor": {},
             "last_measured_step": None,
-            "regime": "undetermined",
+            **_found(Trends()),
         }
         self._thread = threading.Thread(target=self._work, name="entropy-watcher-beat", daemon=True)
 
-    def reached(self, step: int, cursor: Mapping[int, int], regime: Regime) -> None:
-        """Say what an earlier watcher had reached, or what has been reached now."""
+    def reached(self, step: int, cursor: Mapping[int, int], trends: Trends) -> None:
+        """Say what an earlier watcher had reached and concluded, or what has been now."""
         with self._lock:
             self._fields["cursor"] = {str(rank): seq for rank, seq in cursor.items()}
             self._fields["last_measured_step"] = step
-            self._fields["regime"] = regime
+            self._fields |= _found(trends)
 
     def lag(self, lag_s: float) -> None:
         """A row was committed `lag_s` seconds after its frame; NaN when none of the step's frames could be read."""
@@ -103,3 +104,19 @@ class WatcherBeat:
         except OSError as error:
             logger.warning("heartbeat not written: %s", error)
             self.fault({"heartbeat_failed": 1})
+
+
+def _found(trends: Trends) -> dict[str, Any]:
+    plateau = trends.plateau
+    known = plateau.stopped_at >= 0
+    return {
+        "regime": trends.regime,
+        "stage": trends.plane.stage,
+        "early_stopping": {
+            "stopped": plateau.is_stopped,
+            "stopped_at": plateau.stopped_at if known else None,
+            "earliest": plateau.earliest if known else None,
+            "latest": plateau.latest if known else None,
+            "advice": describe_plateau(plateau),
+        },
+    }

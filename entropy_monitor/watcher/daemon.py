@@ -7,13 +7,15 @@ import time
 from typing import TYPE_CHECKING
 
 from entropy_monitor.config import WatchOptions
-from entropy_monitor.store import EventLog, MetricsWriter, WatcherLock, read_tail
+from entropy_monitor.store import EventLog, MetricsWriter, WatcherLock, read_states, read_tail
 from entropy_monitor.watcher.beat import WatcherBeat
 from entropy_monitor.watcher.channel import ControlChannel
 from entropy_monitor.watcher.follow import REMEMBERED_STEPS, JoinedStep, watch_frames
 from entropy_monitor.watcher.judge import Judge
 from entropy_monitor.watcher.measure import FrameMeasurements, measure_frames
+from entropy_monitor.watcher.refill import refill
 from entropy_monitor.watcher.row import metrics_row, table_layout
+from entropy_monitor.watcher.window import InformationWindow
 
 if TYPE_CHECKING:
     import threading
@@ -53,11 +55,12 @@ def watch(
     num_rows = 0
     with WatcherLock(run.objects), WatcherBeat(run.objects, options.control) as beat:
         table, events, channel = MetricsWriter(run.objects), EventLog(run.objects), ControlChannel(run)
-        judge = Judge(run, options.control, channel, gapt or {})
-        tail = read_tail(run.objects, REMEMBERED_STEPS)
-        if tail:
-            judge.resume(_last_row(tail))
-            beat.reached(judge.last_step, table.cursor, judge.regime)
+        judge, window = Judge(run, options.control, channel, gapt or {}), InformationWindow()
+        tail, states = read_tail(run.objects, REMEMBERED_STEPS), read_states(run.objects)
+        if states:
+            judge.resume(states)
+            refill(window, run, judge.known.attempt, table.cursor)
+            beat.reached(judge.last_step, table.cursor, judge.trends)
         for joined in watch_frames(
             run,
             stop_event,
@@ -67,7 +70,8 @@ def watch(
             once=once,
         ):
             measured = _measure(joined)
-            verdict = judge.judge(joined, measured.measurements)
+            measurements = (*measured.measurements, *window.advance(joined.frames, measured.assignments))
+            verdict = judge.judge(joined, measurements, window.extent)
             for event in verdict.events:
                 events.append(event)
             for decision in verdict.decisions:
@@ -76,14 +80,14 @@ def watch(
                     weight = judge.gate.options.weight
                     channel.command(joined.attempt, transition.step, transition.phase, weight, transition.reason)
             # The row comes last: killed before it, a restarted watcher finds event and command done, repeating none.
-            layers = judge.layers(joined, measured.measurements)
-            layout = table_layout(layers, verdict.scalars, max(judge.world_size, 1 + max(joined.source)))
-            table.append(layout, metrics_row(joined, measured.measurements, verdict.scalars, layout))
+            num_ranks = max(judge.world_size, 1 + max(joined.source))
+            layout = table_layout(judge.layers(joined, measurements), verdict.scalars, verdict.states, num_ranks)
+            table.append(layout, metrics_row(joined, measurements, verdict.scalars, verdict.states, layout))
             num_rows += 1
             beat.fault({**joined.faults, **measured.faults})
             beat.control("suspended" if options.control == "auto" and channel.is_suspended else options.control)
             beat.lag(time.time() - verdict.scalars["wall_time_s"])
-            beat.reached(judge.last_step, table.cursor, verdict.regime)
+            beat.reached(judge.last_step, table.cursor, verdict.trends)
     return num_rows
 
 
@@ -100,10 +104,6 @@ def _measure(joined: JoinedStep) -> FrameMeasurements:
     except ValueError as error:
         logger.warning("step %d of attempt %d is undetermined: %s", joined.step, joined.attempt, error)
         return FrameMeasurements(measurements=(), faults={"undetermined_step": 1})
-
-
-def _last_row(tail: list[MetricsBlock]) -> dict[str, float]:
-    return dict(zip(tail[-1].layout.scalars, tail[-1].scalars[-1].tolist(), strict=True))
 
 
 def _sources(tail: list[MetricsBlock]) -> dict[tuple[int, int], dict[int, int]]:

@@ -1,4 +1,4 @@
-"""Regime and controller of the attempt under way: their states go into each row, so that a restart continues them."""
+"""Trends and controller of the attempt under way: their states go into each row, so that a restart continues them."""
 
 from __future__ import annotations
 
@@ -9,35 +9,44 @@ from typing import TYPE_CHECKING, Any
 from entropy_monitor.errors import ConfigError
 from entropy_monitor.gapt import GatedPhaseTransition, GateOptions, GateState
 from entropy_monitor.rows import state_from_row, state_to_row
-from entropy_monitor.store import event_id, read_attempt
-from entropy_monitor.types import PHASES, REGIMES, PhaseEvent, Regime
+from entropy_monitor.store import read_attempt
+from entropy_monitor.types import PHASES
 from entropy_monitor.watcher.controller import Decision, Situation, decide
+from entropy_monitor.watcher.detectors.refine import refine_period
 from entropy_monitor.watcher.feed import LossFeed
-from entropy_monitor.watcher.regimes import RegimeOptions, RegimeState, update_regime
-from entropy_monitor.watcher.row import mean_over_layers, middle_layers, step_scalars
+from entropy_monitor.watcher.findings import decision_event, fault_event, trend_events
+from entropy_monitor.watcher.row import RUN_PREFIX, RunFigure, run_figures, step_scalars
+from entropy_monitor.watcher.trends import Trends, TrendState, update_trends
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from entropy_monitor.config import Control
     from entropy_monitor.store import Run
-    from entropy_monitor.types import Measurement
+    from entropy_monitor.types import Measurement, PhaseEvent
     from entropy_monitor.watcher.channel import ControlChannel
     from entropy_monitor.watcher.follow import JoinedStep
+    from entropy_monitor.watcher.window import WindowExtent
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
     """What was concluded from one step."""
 
-    regime: Regime
+    trends: Trends
     scalars: Mapping[str, float]
-    """Run scalars of the row, the states included."""
+    """Run scalars of the row."""
+    states: Mapping[str, float]
+    """What the detectors and the gate remember after it."""
     events: Sequence[PhaseEvent] = ()
     decisions: Sequence[Decision] = ()
 
 
 _PREFIX = "judge_"
+_WINDOW_SAMPLES = 32
+"""Steps that the sliding window will span, as long as there is none."""
+_CONTROLLED = "mbe_normalized"
+"""What the controller lowers: the mean over the layers that it steers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +63,7 @@ class Known:
 
 @dataclass(slots=True)
 class Judge:
-    """Folds steps into regime, events and decisions."""
+    """Folds steps into trends, events and decisions."""
 
     run: Run
     control: Control
@@ -62,9 +71,9 @@ class Judge:
     gate_overrides: Mapping[str, Any] = field(default_factory=dict[str, Any])
     record: dict[str, Any] = field(default_factory=dict[str, Any])
     """The record of the attempt under way."""
-    regime_state: RegimeState = field(default_factory=RegimeState)
+    trend_state: TrendState = field(default_factory=TrendState)
+    trends: Trends = field(default_factory=Trends)
     gate: GatedPhaseTransition = field(default_factory=GatedPhaseTransition)
-    regime: Regime = "undetermined"
     known: Known = field(default_factory=Known)
     feed: LossFeed = field(init=False)
 
@@ -72,42 +81,45 @@ class Judge:
         self.feed = LossFeed(self.run)
         _override(GateOptions(), self.gate_overrides)  # a wrong option is told at the start, not at the first frame
 
-    def resume(self, last_row: Mapping[str, float]) -> None:
-        """Continue from the newest row of the table."""
-        known = state_from_row(Known, last_row, _PREFIX)
+    def resume(self, states: Mapping[str, float]) -> None:
+        """Continue from the states of the table's newest row."""
+        known = state_from_row(Known, states, _PREFIX)
         self._begin(known.attempt)
         self.known = known
-        self.regime_state = RegimeState.from_row(last_row)
-        self.regime = REGIMES[self.regime_state.regime]
-        self.gate = GatedPhaseTransition(self.gate.options, GateState.from_row(last_row))
+        self.trend_state = TrendState.from_row(states)
+        # A step that is not new changes no state, and says what is known.
+        _, self.trends = update_trends(self.trend_state, self.last_step, {}, _WINDOW_SAMPLES)
+        self.gate = GatedPhaseTransition(self.gate.options, GateState.from_row(states))
 
-    def judge(self, joined: JoinedStep, measurements: Sequence[Measurement]) -> Verdict:
+    def judge(
+        self, joined: JoinedStep, measurements: Sequence[Measurement], window: WindowExtent | None = None
+    ) -> Verdict:
         """Take in one step.
 
         Args:
             joined: the step.
             measurements: its figures.
+            window: what its information figures were computed from.
 
         Returns:
             The verdict. A correction of an older step changes no state.
         """
         if joined.attempt > self.known.attempt:
             self._begin(joined.attempt)
-        events = [_fault_event(joined)] if joined.faults else []
+        figures = run_figures(measurements)
+        events = [fault_event(joined)] if joined.faults else []
         decisions: list[Decision] = []
         if not joined.is_correction:
-            before, self.regime = self.regime, self._update_regime(joined, measurements)
-            if self.regime != before:
-                events.append(self._regime_event(joined, before))
+            before = self.trends
+            window_samples = window.num_samples if window else _WINDOW_SAMPLES
+            self.trend_state, self.trends = update_trends(self.trend_state, joined.step, figures, window_samples)
+            found = trend_events(joined, before, self.trends, self.trend_state)
+            events += [self._with_period(event) if event.kind == "cycle" else event for event in found]
             decisions = self._decide(joined, measurements)
-            events += [_decision_event(joined, decision, self.regime) for decision in decisions]
-        scalars = {
-            **step_scalars(joined, measurements, self.regime),
-            **self.regime_state.to_row(),
-            **self.gate.state.to_row(),
-            **state_to_row(self.known, _PREFIX),
-        }
-        return Verdict(regime=self.regime, scalars=scalars, events=events, decisions=decisions)
+            events += [decision_event(joined, decision, self.trends.regime) for decision in decisions]
+        states = {**self.trend_state.to_row(), **self.gate.state.to_row(), **state_to_row(self.known, _PREFIX)}
+        scalars = {**step_scalars(joined, measurements, figures, window), **self.trends.to_row()}
+        return Verdict(trends=self.trends, scalars=scalars, states=states, events=events, decisions=decisions)
 
     def layers(self, joined: JoinedStep, measurements: Sequence[Measurement]) -> tuple[str, ...]:
         """Layers of a step's row: the model's, as its attempt says, which may be an older one.
@@ -123,7 +135,7 @@ class Judge:
     @property
     def last_step(self) -> int:
         """Newest step judged in this attempt; corrections of older ones do not count."""
-        return self.regime_state.last_step
+        return self.trend_state.regime.last_step
 
     @property
     def world_size(self) -> int:
@@ -132,14 +144,23 @@ class Judge:
 
     def _begin(self, attempt: int) -> None:
         self.known, self.record = Known(attempt=attempt), read_attempt(self.run.objects, attempt)
-        self.regime_state, self.regime = RegimeState(), "undetermined"
+        self.trend_state, self.trends = TrendState(), Trends()
         base = GateOptions.for_total_steps(self.record.get("total_steps"))
         self.gate = GatedPhaseTransition(_override(base, self.gate_overrides))
 
-    def _update_regime(self, joined: JoinedStep, measurements: Sequence[Measurement]) -> Regime:
-        value, std_error = mean_over_layers(measurements)
-        self.regime_state, regime = update_regime(self.regime_state, joined.step, value, std_error, RegimeOptions())
-        return regime
+    def _with_period(self, event: PhaseEvent) -> PhaseEvent:
+        """Add how well the period is known, from the whole series: once for each claim.
+
+        Returns:
+            The event.
+        """
+        series = self.run.metrics(self.known.attempt)[f"{RUN_PREFIX}alignment_weight"]
+        period, std_error = refine_period(series["step"].values, series.values, self.trends.cycle.period_steps)
+        if not math.isfinite(std_error):
+            return event
+        reason = f"{event.evidence['reason']}; period {period:.1f} +- {std_error:.1f} steps"
+        refined = {"period_steps": period, "period_steps_se": std_error}
+        return replace(event, evidence={**event.evidence, "reason": reason, **refined})
 
     def _decide(self, joined: JoinedStep, measurements: Sequence[Measurement]) -> list[Decision]:
         if self.control == "off" or not joined.frames:
@@ -149,64 +170,14 @@ class Judge:
         steps = self.feed.take(joined.attempt, self.gate.state.last_step, joined.step, ranks)
         if not steps:
             return []
-        layers = tuple(self.record.get("steered_layers") or middle_layers(self.layers(joined, measurements)))
         refused = self.channel.refusal(joined.attempt) is not None
         may_command = self.control == "auto" and not self.channel.is_suspended and not refused
         phase = joined.frames[0].phase
         now = Known(attempt=joined.attempt, phase=PHASES.index(phase), may_command=int(may_command))
         situation = Situation(phase=phase, is_new=now != self.known, may_command=may_command)
         self.known = now
-        return decide(self.gate, steps, mean_over_layers(measurements, layers)[0], situation)
-
-    def _regime_event(self, joined: JoinedStep, before: Regime) -> PhaseEvent:
-        state = self.regime_state
-        return PhaseEvent(
-            event_id=event_id(joined.attempt, joined.step, "regime"),
-            step=joined.step,
-            layer=None,
-            kind="regime",
-            regime=self.regime,
-            score=state.slope,
-            evidence={
-                "reason": f"row-normalised MBE {state.level:.4f} nats changes by {state.slope:+.2e} nats a sample",
-                "before": before,
-                "attempt": joined.attempt,
-            },
-        )
-
-
-def _decision_event(joined: JoinedStep, decision: Decision, regime: Regime) -> PhaseEvent:
-    transition = decision.transition
-    # What is still unknown, such as the MBE before the first measurement, is left out: JSON has no NaN.
-    figures = {name: value for name, value in transition.evidence.items() if math.isfinite(value)}
-    return PhaseEvent(
-        event_id=event_id(joined.attempt, transition.step, decision.kind),
-        step=transition.step,
-        layer=None,
-        kind=decision.kind,
-        regime=regime,
-        score=figures.get("mbe_relative", 0.0),
-        evidence={
-            **figures,
-            "reason": transition.reason,
-            "phase": transition.phase,
-            "attempt": joined.attempt,
-        },
-    )
-
-
-def _fault_event(joined: JoinedStep) -> PhaseEvent:
-    described = ", ".join(f"{count} x {kind}" for kind, count in sorted(joined.faults.items()))
-    missing = f"; without rank {', '.join(map(str, joined.missing_ranks))}" if joined.missing_ranks else ""
-    return PhaseEvent(
-        event_id=event_id(joined.attempt, joined.step, "fault"),
-        step=joined.step,
-        layer=None,
-        kind="fault",
-        regime="undetermined",
-        score=float(sum(joined.faults.values())),
-        evidence={"reason": described + missing, "attempt": joined.attempt, **joined.faults},
-    )
+        steered = run_figures(measurements, self.record.get("steered_layers"))
+        return decide(self.gate, steps, steered.get(_CONTROLLED, RunFigure()).value, situation)
 
 
 def _override(options: GateOptions, overrides: Mapping[str, Any]) -> GateOptions:

@@ -3,36 +3,34 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
 import torch
 
 from entropy_monitor.catalog import METRICS
 from entropy_monitor.estimators import (
-    gradient_alignment,
+    entropy_of_assignments,
     gradient_alignment_from_parts,
-    patch_entropies,
+    layer_estimates,
     patch_standard_error,
-    sample_entropies,
 )
 from entropy_monitor.types import NUM_JACKKNIFE_GROUPS, PATCH_LENGTH, Measurement
+from entropy_monitor.watcher.pool import as_tensor, check_frames, pool_frames
+from entropy_monitor.watcher.soft import Assignments, assign
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from numpy.typing import NDArray
     from torch import Tensor
 
     from entropy_monitor.types import Frame
+    from entropy_monitor.watcher.pool import Pooled
 
 _MAX_SPECTRUM = 2048
 """Tokens and features above which a spectrum is taken of a subsample."""
-_MAX_ENTRIES = 1 << 20
-"""Activations estimated at once: large models stay within memory, and small ones, a third faster, within the cache."""
-_UNITS = {metric.name: metric.unit for metric in METRICS}
+_FROM_ONE_STEP = tuple(metric for metric in METRICS if metric.samples != "window_tokens")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,19 +38,21 @@ class FrameMeasurements:
     """What the frames of one step say, and what in them could not be judged."""
 
     measurements: tuple[Measurement, ...]
-    """Eight for each layer, NaN where undetermined."""
+    """For each layer every metric that one step tells, NaN where undetermined."""
     faults: Mapping[str, int]
     """Layers by kind: ``non_finite`` activations, ``non_finite_gradient``, ``zero_patch`` (an all-zero patch),
     ``too_few_patches`` (fewer than two); and layers and ranks whose valid weight-space sums gave no cosine,
     ``alignment_undetermined``."""
+    assignments: tuple[Assignments, ...] = ()
+    """Soft assignments of the sampled tokens, from which `window` computes information."""
 
 
-class _Pooled(NamedTuple):
-    """Sampled tokens of all ranks, for layers of equal shape."""
+class _Estimate(NamedTuple):
+    """One metric of one layer."""
 
-    layers: tuple[str, ...]
-    z_LND: Tensor
-    g_LND: Tensor | None
+    value: float
+    std_error: float
+    num_samples: int
 
 
 class _Figure(NamedTuple):
@@ -64,6 +64,9 @@ class _Figure(NamedTuple):
     num_samples: int
 
 
+_UNDETERMINED = _Estimate(math.nan, math.nan, 0)
+
+
 def measure_frames(frames: Sequence[Frame]) -> FrameMeasurements:
     """Measure the frames of one step, one of each rank that has committed, as one sample.
 
@@ -73,9 +76,9 @@ def measure_frames(frames: Sequence[Frame]) -> FrameMeasurements:
     the standard error of independent estimates; ranks without a valid cosine are left out. Weights of inverse variance
     would favour ranks whose error happens to be underestimated.
 
-    ``mbe*`` and the alignments count patches, ``s1``, ``s2`` and ``effective_rank`` tokens. The last three use rows of
-    norm 1, and patches evenly subsampled to 2048 tokens where both tokens and features are more; their ``num_samples``
-    says so. A figure that cannot be judged is NaN, with a NaN standard error, and is counted where that is a fault.
+    ``mbe*`` and the alignments count patches, the others tokens. ``s1``, ``s2`` and ``effective_rank`` use rows of norm
+    1, and patches evenly subsampled to 2048 tokens where both tokens and features are more; their ``num_samples`` says
+    so. A figure that cannot be judged is NaN, with a NaN standard error, and is counted where that is a fault.
 
     Args:
         frames: frames with arrays, of the same run, attempt and step.
@@ -86,92 +89,43 @@ def measure_frames(frames: Sequence[Frame]) -> FrameMeasurements:
     Raises:
         ValueError: no frames, frames of several steps, without arrays or of inconsistent shapes.
     """
-    _check(frames)
+    check_frames(frames)
     faults: Counter[str] = Counter()
-    steered = any(frame.scalars.get("weight", 0.0) > 0 for frame in frames)
-    weight_alignment = _weight_alignment(frames, faults)
-    measurements: list[Measurement] = []
-    for pooled in _pool(frames):
-        figures = list(_figures(pooled, faults))
-        for index, layer in enumerate(pooled.layers):
-            row = [(f.metric, f.value_L[index].item(), f.std_error_L[index].item(), f.num_samples) for f in figures]
-            row.append(("alignment_weight", *weight_alignment.get(layer, (math.nan, math.nan, 0))))
-            measurements += [
-                Measurement(
-                    run_id=frames[0].run_id,
-                    step=frames[0].step,
-                    layer=layer,
-                    metric=metric,
-                    value=value,
-                    unit=_UNITS[metric],
-                    std_error=std_error if math.isfinite(value) else math.nan,
-                    num_samples=num_samples,
-                )
-                for metric, value, std_error, num_samples in row
-            ]
-    if steered:  # the hooks blank gradients that hold steering terms: undetermined on purpose
-        del faults["non_finite_gradient"]
+    table: dict[str, dict[str, _Estimate]] = defaultdict(dict)
+    assignments: list[Assignments] = []
+    for pooled in pool_frames(frames):
+        assigned = assign(pooled)
+        if assigned is not None:
+            assignments.append(assigned)
+        for figure in (*_figures(pooled, faults), *_soft_entropy(assigned)):
+            for index, layer in enumerate(pooled.layers):
+                value, std_error = figure.value_L[index].item(), figure.std_error_L[index].item()
+                error = std_error if math.isfinite(value) else math.nan
+                table[layer][figure.metric] = _Estimate(value, error, figure.num_samples)
+        for layer in pooled.layers:
+            table[layer].setdefault("mbe", _UNDETERMINED)
+    for layer, estimate in _weight_alignment(frames, faults).items():
+        table[layer]["alignment_weight"] = estimate
+    for metric, layer, estimate in _exact_alignment(frames):
+        table[layer][metric] = estimate
+    if any(frame.scalars.get("weight", 0.0) > 0 for frame in frames):
+        del faults["non_finite_gradient"]  # the hooks blank gradients that hold steering terms: undetermined on purpose
     return FrameMeasurements(
-        measurements=tuple(measurements), faults={kind: count for kind, count in faults.items() if count}
+        measurements=tuple(
+            Measurement(
+                run_id=frames[0].run_id,
+                step=frames[0].step,
+                layer=layer,
+                metric=metric.name,
+                unit=metric.unit,
+                **row.get(metric.name, _UNDETERMINED)._asdict(),
+            )
+            for layer, row in table.items()
+            for metric in _FROM_ONE_STEP
+        ),
+        faults={kind: count for kind, count in faults.items() if count},
+        assignments=tuple(assignments),
     )
-
-
-def _check(frames: Sequence[Frame]) -> None:
-    if not frames:
-        raise ValueError("expected the frames of one step, found none: pass at least one")
-    steps = {(frame.run_id, frame.attempt, frame.step) for frame in frames}
-    if len(steps) > 1:
-        raise ValueError(f"expected frames of one run, attempt and step; found {sorted(steps)}: measure each apart")
-    for frame in frames:
-        if not frame.groups:
-            raise ValueError(
-                f"expected frames with arrays; frame {frame.seq} of rank {frame.rank} was read without them"
-            )
-        shortest = min(group.activations.shape[1] for group in frame.groups)
-        if not 0 <= frame.num_patches * PATCH_LENGTH <= shortest:
-            raise ValueError(
-                f"expected {frame.num_patches} patches of {PATCH_LENGTH} tokens in frame {frame.seq} of rank "
-                f"{frame.rank}; found {shortest} tokens: the frame is damaged"
-            )
-
-
-def _pool(frames: Sequence[Frame]) -> Iterator[_Pooled]:
-    """Concatenate each layer's tokens over ranks.
-
-    Yields:
-        Few layers at a time; ranks that hold different layers (pipeline stages) give groups of their own.
-
-    Raises:
-        ValueError: ranks group the same layers differently.
-    """
-    sampled: dict[tuple[str, ...], list[tuple[NDArray[np.float32], NDArray[np.float32] | None]]] = {}
-    for frame in frames:
-        num_tokens = frame.num_patches * PATCH_LENGTH
-        for group in frame.groups:
-            gradients = None if group.gradients is None else group.gradients[:, :num_tokens]
-            sampled.setdefault(tuple(group.layers), []).append((group.activations[:, :num_tokens], gradients))
-    names = [layer for layers in sampled for layer in layers]
-    if len(set(names)) < len(names):
-        raise ValueError(f"expected ranks to group their layers alike, found {list(sampled)}: measure the ranks apart")
-    for layers, ranks in sampled.items():
-        activations = [activations for activations, _ in ranks]
-        gradients = [gradients for _, gradients in ranks if gradients is not None]
-        size = sum(array[0].size for array in activations)
-        step = max(1, _MAX_ENTRIES // max(1, size))
-        for first in range(0, len(layers), step):
-            few = slice(first, first + step)
-            yield _Pooled(
-                layers[few],
-                torch.cat([_tensor(array[few]) for array in activations], dim=1),
-                torch.cat([_tensor(array[few]) for array in gradients], dim=1)
-                if len(gradients) == len(ranks)
-                else None,
-            )
-
-
-def _tensor(array: NDArray[np.float32]) -> Tensor:
-    # Arrays read from a store may be read-only, which torch warns about; concatenation copies them in any case.
-    return torch.as_tensor(np.require(array, requirements=["C", "W"]))
 
 
 def _finite(z_LND: Tensor) -> Tensor:
@@ -181,84 +135,110 @@ def _finite(z_LND: Tensor) -> Tensor:
     return z_LND.abs().amax((1, 2)).isfinite()
 
 
-def _figures(pooled: _Pooled, faults: Counter[str]) -> Iterator[_Figure]:
+def _figures(pooled: Pooled, faults: Counter[str]) -> Iterator[_Figure]:
     """Estimate everything that streamed tokens can tell, batched over the layers.
 
     Yields:
-        All metrics but ``alignment_weight``, in the order of ``METRICS``.
+        Whatever the sample allows; what it does not is undetermined.
     """
     z_LND, g_LND = pooled.z_LND, pooled.g_LND
     num_tokens, num_patches = z_LND.shape[1], z_LND.shape[1] // PATCH_LENGTH
-    nan_L = torch.full((len(pooled.layers),), math.nan)
     finite_L = _finite(z_LND)
     faults["non_finite"] += int((~finite_L).sum())
     if num_patches < 2:
         faults["too_few_patches"] += len(pooled.layers)
-    for metric, normalize, center in (
-        ("mbe", False, False),
-        ("mbe_normalized", True, False),
-        ("mbe_centered", False, True),
-    ):
-        if not num_patches:
-            yield _Figure(metric, nan_L, nan_L, 0)
-            continue
-        entropies_LB = patch_entropies(z_LND, PATCH_LENGTH, normalize, center)
-        if metric == "mbe":
-            faults["zero_patch"] += int((entropies_LB.isnan().any(-1) & finite_L).sum())
-        yield _Figure(metric, entropies_LB.mean(-1), patch_standard_error(entropies_LB), num_patches)
-    yield from (
-        _whole_sample(z_LND)
-        if num_patches >= 2
-        else (_Figure(metric, nan_L, nan_L, num_tokens) for metric in ("s1", "s2", "effective_rank"))
-    )
-    if g_LND is None or not num_patches:
-        yield _Figure("alignment_activation", nan_L, nan_L, 0)
+    if not num_patches:
         return
-    faults["non_finite_gradient"] += int((~_finite(g_LND)).sum())
-    alignment = gradient_alignment(z_LND, g_LND, PATCH_LENGTH, NUM_JACKKNIFE_GROUPS)
-    yield _Figure("alignment_activation", alignment.cosine, alignment.std_error, num_patches)
+    if g_LND is not None:
+        faults["non_finite_gradient"] += int((~_finite(g_LND)).sum())
+    subsample_B = _subsample(z_LND)
+    estimates = layer_estimates(z_LND, g_LND, PATCH_LENGTH, NUM_JACKKNIFE_GROUPS, subsample_B)
+    faults["zero_patch"] += int((estimates.raw.isnan().any(-1) & finite_L).sum())
+    for metric, entropies_LB in (
+        ("mbe", estimates.raw),
+        ("mbe_normalized", estimates.normalized),
+        ("mbe_centered", estimates.centered),
+    ):
+        yield _Figure(metric, entropies_LB.mean(-1), patch_standard_error(entropies_LB), num_patches)
+    if (sample := estimates.sample) is not None:
+        sampled_tokens = num_tokens if subsample_B is None else len(subsample_B) * PATCH_LENGTH
+        rank_L = sample.s1.exp()
+        # Patches that do not overlap at all leave the pair sum at 0 and the entropy infinite: undetermined.
+        s2_L = torch.where(sample.s2.isfinite(), sample.s2, math.nan)
+        yield _Figure("s1", sample.s1, sample.s1_std_error, sampled_tokens)
+        yield _Figure("s2", s2_L, sample.s2_std_error, sampled_tokens)
+        yield _Figure("effective_rank", rank_L, rank_L * sample.s1_std_error, sampled_tokens)
+    if estimates.alignment is not None:
+        yield _Figure("alignment_activation", *estimates.alignment, num_patches)
 
 
-def _whole_sample(z_LND: Tensor) -> Iterator[_Figure]:
-    num_patches = z_LND.shape[1] // PATCH_LENGTH
-    if min(z_LND.shape[1:]) > _MAX_SPECTRUM:
-        kept = _MAX_SPECTRUM // PATCH_LENGTH
-        z_LBPD = z_LND.reshape(z_LND.shape[0], num_patches, PATCH_LENGTH, -1)
-        z_LND = z_LBPD[:, torch.arange(kept) * num_patches // kept].flatten(1, 2)
-    num_tokens = z_LND.shape[1]
-    entropies = sample_entropies(z_LND, PATCH_LENGTH, normalize=True)
-    rank_L = entropies.s1.exp()
-    # Patches that do not overlap at all leave the pair sum at 0 and the entropy infinite: undetermined.
-    s2_L = torch.where(entropies.s2.isfinite(), entropies.s2, math.nan)
-    yield _Figure("s1", entropies.s1, entropies.s1_std_error, num_tokens)
-    yield _Figure("s2", s2_L, entropies.s2_std_error, num_tokens)
-    yield _Figure("effective_rank", rank_L, rank_L * entropies.s1_std_error, num_tokens)
+def _soft_entropy(assigned: Assignments | None) -> Iterator[_Figure]:
+    """Estimate soft entropy of the step's own tokens.
+
+    Yields:
+        One figure; none without tokens.
+    """
+    if assigned is not None:
+        num_tokens = len(assigned.p_NLM)
+        estimate = entropy_of_assignments(assigned.p_NLM.transpose(0, 1), PATCH_LENGTH)
+        value_L = estimate.value if num_tokens > PATCH_LENGTH else estimate.plug_in
+        yield _Figure("soft_entropy", value_L, estimate.std_error, num_tokens)
 
 
-def _weight_alignment(frames: Sequence[Frame], faults: Counter[str]) -> dict[str, tuple[float, float, int]]:
+def _subsample(z_LND: Tensor) -> Tensor | None:
+    """Choose the patches of which a spectrum is taken, evenly, where there are too many.
+
+    Returns:
+        Their indices; None for all.
+    """
+    num_tokens, num_features = z_LND.shape[1:]
+    if min(num_tokens, num_features) <= _MAX_SPECTRUM:
+        return None
+    kept = _MAX_SPECTRUM // PATCH_LENGTH
+    return torch.arange(kept) * (num_tokens // PATCH_LENGTH) // kept
+
+
+def _weight_alignment(frames: Sequence[Frame], faults: Counter[str]) -> dict[str, _Estimate]:
     """Combine the ranks' weight-space estimates, weighted by sampled patches.
 
     Returns:
         Cosine, standard error and patches of each layer that has any.
     """
-    valid: dict[str, list[tuple[float, float, int]]] = {}
+    valid: dict[str, list[_Estimate]] = {}
     for frame in frames:
         if frame.alignment is None:
             continue
-        parts, info = _tensor(frame.alignment.parts), _tensor(frame.alignment.info)
+        parts, info = as_tensor(frame.alignment.parts), as_tensor(frame.alignment.info)
         alignment = gradient_alignment_from_parts(parts, info[:, 0], info[:, 1])
         for index, layer in enumerate(frame.alignment.layers):
             if info[index, 3] != 0:
                 continue
             cosine, std_error = alignment.cosine[index].item(), alignment.std_error[index].item()
             if math.isfinite(cosine):
-                valid.setdefault(layer, []).append((cosine, std_error, int(info[index, 1])))
+                valid.setdefault(layer, []).append(_Estimate(cosine, std_error, int(info[index, 1])))
             else:
                 faults["alignment_undetermined"] += 1
     return {layer: _weighted_mean(estimates) for layer, estimates in valid.items()}
 
 
-def _weighted_mean(estimates: Sequence[tuple[float, float, int]]) -> tuple[float, float, int]:
-    total = sum(count for _, _, count in estimates)
-    mean = sum(cosine * count for cosine, _, count in estimates) / total
-    return mean, math.sqrt(sum((std_error * count) ** 2 for _, std_error, count in estimates)) / total, total
+def _exact_alignment(frames: Sequence[Frame]) -> Iterator[tuple[str, str, _Estimate]]:
+    """Average the ranks' audits, each on a probe batch of its own.
+
+    Yields:
+        Metric, layer and estimate, where any rank has one.
+    """
+    audits: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for frame in frames:
+        if frame.exact_alignment is not None:
+            for layer, cosines in zip(frame.exact_alignment.layers, frame.exact_alignment.cosines, strict=True):
+                for metric, cosine in zip(("alignment_exact", "alignment_exact_all"), cosines.tolist(), strict=True):
+                    if math.isfinite(cosine):
+                        audits[metric, layer].append(cosine)
+    for (metric, layer), cosines in audits.items():
+        yield metric, layer, _Estimate(sum(cosines) / len(cosines), math.nan, len(cosines))
+
+
+def _weighted_mean(estimates: Sequence[_Estimate]) -> _Estimate:
+    total = sum(estimate.num_samples for estimate in estimates)
+    mean = sum(estimate.value * estimate.num_samples for estimate in estimates) / total
+    return _Estimate(mean, math.hypot(*(e.std_error * e.num_samples for e in estimates)) / total, total)

@@ -4,16 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 from entropy_monitor.errors import ConfigError
-from entropy_monitor.rows import state_from_row, state_to_row
 from entropy_monitor.types import REGIMES, Regime
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-_PREFIX = "regime_"
 _JUMP_SPREAD = 3.0
 """Standard deviations that a jump counts for when the noise is learned."""
 
@@ -84,23 +78,6 @@ class RegimeState:
     """Smoothed product of ``residual`` and the one before."""
     measurement_variance: float = 0.0
     """Smoothed square of the standard errors given."""
-
-    def to_row(self) -> dict[str, float]:
-        """Give columns for a table of float64.
-
-        Returns:
-            Each field under its name with the prefix ``regime_``.
-        """
-        return state_to_row(self, _PREFIX)
-
-    @classmethod
-    def from_row(cls, row: Mapping[str, float]) -> RegimeState:
-        """Restore a state from columns; others in the row are ignored.
-
-        Returns:
-            The state that gave the row.
-        """
-        return state_from_row(cls, row, _PREFIX)
 
 
 def update_regime(

@@ -27,6 +27,8 @@ from entropy_monitor.errors import ConfigError, EntropyMonitorError
 from entropy_monitor.store import create_run, trim_vanished_ranks
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from entropy_monitor.config import MonitorOptions
     from entropy_monitor.store import Run
 
@@ -36,7 +38,12 @@ _processes: set[int] = set()
 
 
 def attach(
-    model: nn.Module, optimizer: Optimizer, *, run: str | os.PathLike[str] | None = None, **options: Any
+    model: nn.Module,
+    optimizer: Optimizer,
+    *,
+    run: str | os.PathLike[str] | None = None,
+    probe: Callable[[nn.Module], torch.Tensor] | None = None,
+    **options: Any,
 ) -> Monitor:
     """Observe a training job, and let commands steer it if ``steer=True``.
 
@@ -47,6 +54,9 @@ def attach(
         model: the model that trains, wrapped or not.
         optimizer: its optimizer; each ``optimizer.step()`` is a step.
         run: directory of the run; else ``ENTROPY_MONITOR_RUN``, ``run`` in ``./monitor.toml``, or ``runs/TIME``.
+        probe: for ``exact_alignment_every`` and ``observe="probe"``, a function that runs the model it is given on a
+            fixed batch and returns the 0-d loss. Else the first training batch is the probe, with the loss that the
+            model returns or the cross-entropy of each next token. The model's own code and hooks see these runs.
         **options: fields of `entropy_monitor.config.MonitorOptions`.
 
     Returns:
@@ -58,12 +68,14 @@ def attach(
     config = load_config(run=run, hooks=options)
     _check(model, nn.Module, "model")
     _check(optimizer, Optimizer, "optimizer")
+    if probe is not None and not callable(probe):
+        raise ConfigError(f"expected probe to be a function of the model; found {type(probe).__name__}: give one")
     inner = unwrap(model)
     if (existing := _monitors.get(inner)) is not None and existing.enabled:
         return existing
     faults = Faults()
     taps = find_taps(inner, config.hooks.layers)
-    target = Target(inner, optimizer, taps, steered_layers(tuple(taps), config.hooks.steer_layers))
+    target = Target(inner, optimizer, taps, steered_layers(tuple(taps), config.hooks.steer_layers), probe)
     if _is_disabled():
         return Monitor(config.hooks, faults)
     if _processes and os.getpid() not in _processes:
@@ -125,7 +137,7 @@ def _record(target: Target, options: MonitorOptions, run: Run, world_size: int) 
         "model": type(target.model).__name__,
         "num_parameters": sum(parameter.numel() for parameter in target.model.parameters()),
         "layers": list(target.taps),
-        "steered_layers": list(target.steered) if options.steer else [],
+        "steered_layers": list(target.steered),
         "options": asdict(options),
         "total_steps": options.total_steps,
     }

@@ -25,6 +25,8 @@ class LinearSample:
     output_shape: torch.Size
     output_gradient: torch.Tensor | None = None
     """Shape ``[n, d]``."""
+    weight_gradient: torch.Tensor | None = None
+    """Of a probe's pass; None takes ``weight.grad``, which training has left."""
 
 
 @dataclass(slots=True)

@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from entropy_hooks.tokens import TOKEN_OFFSETS
 from entropy_hooks.writer import FrameJob
 from entropy_monitor.store import FrameData, FrameLayout, GroupLayout
-from entropy_monitor.types import PATCH_LENGTH
+from entropy_monitor.types import PATCH_LENGTH, TOKEN_OFFSETS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -35,6 +34,8 @@ class ObservedPass:
     contaminated: frozenset[str] = frozenset()
     """Layers whose loss gradient holds steering terms: their alignment is undetermined."""
     weight_space: WeightSpace | None = None
+    exact_alignment: torch.Tensor | None = None
+    """Cosines ``[L, 2]`` of all tapped layers; None where this step was not audited."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +85,9 @@ class _Transfer:
 class FrameAssembler:
     """Lays frames out, starts their copies, and says how to build them from the host's buffers."""
 
-    def __init__(self, options: MonitorOptions, ring: Ring, faults: Faults) -> None:
+    def __init__(self, options: MonitorOptions, layers: Sequence[str], ring: Ring, faults: Faults) -> None:
         self._options, self._ring, self._faults = options, ring, faults
+        self._exact_layers = tuple(layers) if options.exact_alignment_every else ()
 
     def assemble(self, observed: ObservedPass, record: StepRecord, slot: Slot) -> FrameJob:
         """Start one frame on its way.
@@ -107,6 +109,7 @@ class FrameAssembler:
             gradients=self._options.gradients,
             token_window=len(TOKEN_OFFSETS) if capture.token_ids is not None else 0,
             alignment_layers=tuple(weight_space.parts) if weight_space is not None else (),
+            exact_layers=self._exact_layers,
         )
         device = next(iter(capture.activations.values())).device
         transfer = _Transfer(slot, pinned=device.type == "cuda")
@@ -121,6 +124,7 @@ class FrameAssembler:
             info_L4 = torch.stack([weight_space.info[layer] for layer in weight_space.parts])
             alignment = transfer.add("alignment", parts_LG3, torch.float32)
             info = transfer.add("alignment_info", info_L4, torch.float32)
+        exact = self._add_exact(transfer, observed, device) if self._exact_layers else None
         nan = torch.full((), float("nan"), device=device)
         figures = [nan if figure is None else figure.detach().float() for figure in (observed.loss, observed.grad_norm)]
         scalars = transfer.add("scalars", torch.stack([figure.to(device) for figure in figures]), torch.float64)
@@ -140,6 +144,7 @@ class FrameAssembler:
                 tokens=None if tokens is None else tokens.numpy(),
                 alignment=None if alignment is None else alignment.numpy(),
                 alignment_info=None if info is None else info.numpy(),
+                exact_alignment=None if exact is None else exact.numpy(),
             )
 
         return FrameJob(layout, slot, self._ring.start_copy(transfer.sources, transfer.targets), build)
@@ -160,6 +165,12 @@ class FrameAssembler:
                 [_unscaled(gradient, observed.gradient_scale) for gradient in clean], block[1], num_tokens
             )
         return block
+
+    def _add_exact(self, transfer: _Transfer, observed: ObservedPass, device: torch.device) -> torch.Tensor:
+        cosines_L2 = observed.exact_alignment
+        if cosines_L2 is None:  # every frame of a segment has the array
+            cosines_L2 = torch.full((len(self._exact_layers), 2), float("nan"), device=device)
+        return transfer.add("exact_alignment", cosines_L2.to(device), torch.float32)
 
     def _add_tokens(self, transfer: _Transfer, num_tokens: int, capture: Capture) -> torch.Tensor:
         target = transfer.slot.buffer("tokens", (num_tokens, len(TOKEN_OFFSETS)), torch.int32, pinned=transfer.pinned)

@@ -6,6 +6,7 @@ or touches the global random state.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 from typing import TYPE_CHECKING, Any
@@ -18,11 +19,11 @@ from entropy_hooks.loss import LossReading, read_loss
 from entropy_hooks.micro_batches import MicroBatches
 from entropy_hooks.steering import Injector
 from entropy_hooks.taps import first_embedding, first_tensor
-from entropy_hooks.tokens import PatchSample, axes_of, draw_patches
+from entropy_hooks.tokens import axes_of, draw_patches
 from entropy_hooks.weight_space import writes_features
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Generator, Mapping
 
     from torch import nn
     from torch.utils.hooks import RemovableHandle
@@ -59,6 +60,9 @@ class Observer:
         """Of the newest backward pass."""
         self.num_tokens = 0
         """Tokens of the forward passes since the last optimizer step; 0 without an embedding."""
+        self.on_inputs: Callable[[tuple[Any, ...], dict[str, Any]], None] | None = None
+        """Is called with the model's arguments at each training forward pass."""
+        self._silent = False
         self._hooked: set[str] = set()
         self._running: dict[str, dict[int, LinearSample]] = {}
         self._handles: list[RemovableHandle] = []
@@ -70,14 +74,14 @@ class Observer:
 
     def _install(self, model: nn.Module, taps: Mapping[str, nn.Module]) -> None:
         add = self._handles.append
-        add(model.register_forward_pre_hook(self._guard(self._enter_forward, always=True)))
+        add(model.register_forward_pre_hook(self._guard(self._enter_forward, always=True), with_kwargs=True))
         add(model.register_forward_hook(self._guard(self._leave_forward, always=True), always_call=True))
         embedding = first_embedding(model)
         if embedding is not None:
             add(embedding.register_forward_pre_hook(self._guard(self._see_tokens, always=True)))
         for name, module in taps.items():
             add(module.register_forward_hook(self._guard(functools.partial(self._see_output, name))))
-            if self._options.gradients and self._options.weight_alignment:
+            if self._options.gradients and self._options.weight_alignment and self._options.observe == "training":
                 for inner in module.modules():
                     if writes_features(inner) is not None:
                         hook = self._guard(functools.partial(self._see_linear, name))
@@ -92,15 +96,24 @@ class Observer:
         self._linear_handles.clear()
         self.capture = None
 
+    @contextlib.contextmanager
+    def silenced(self) -> Generator[None]:
+        """Within, the model runs for our own sake: nothing is observed, counted or steered."""
+        self._silent = True
+        try:
+            yield
+        finally:
+            self._silent = False
+
     def _guard(self, hook: Callable[..., None], *, always: bool = False) -> Callable[..., None]:
         """Count a hook's time and its exceptions: neither may reach the training job.
 
         Returns:
-            The hook, which does nothing on a step that is neither sampled nor steered unless `always`.
+            The hook, which does nothing while silenced, or on a step neither sampled nor steered unless `always`.
         """
 
         def guarded(*args: Any) -> None:
-            if always or self.sampling or self.weight:
+            if (always or self.sampling or self.weight) and not self._silent:
                 with self._meter:
                     try:
                         hook(*args)
@@ -111,10 +124,12 @@ class Observer:
 
     # ---- passes ------------------------------------------------------------------------------------------------------
 
-    def _enter_forward(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def _enter_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not torch.is_grad_enabled() or self.passes.in_backward:
             return  # evaluation, or a checkpoint around the whole model that runs it again
         self.passes.enter_forward()
+        if self.on_inputs is not None:
+            self.on_inputs(args, kwargs)
         self._hooked.clear()
         self._running.clear()
         if self.sampling and self.passes.is_last():
@@ -210,7 +225,7 @@ class Observer:
                 f"expected sequences of 8 tokens or more; found {tuple(sequences.shape[:2])} in {layer}",
             )
             return
-        if not _fits(capture.sample, sequences):
+        if not capture.sample.fits(sequences):
             self._faults.count("other_tokens", f"{layer} has other tokens than the first tapped layer: left out")
             return
         capture.activations[layer] = capture.sample.select(sequences)
@@ -222,7 +237,7 @@ class Observer:
         if linear is None or capture.sample is None or linear.output_shape != z.shape:
             return
         inputs = axes.sequences(linear.inputs)
-        if _fits(capture.sample, inputs):
+        if capture.sample.fits(inputs):
             linear.inputs = capture.sample.select(inputs)
             capture.linears[layer] = linear
 
@@ -265,7 +280,3 @@ class Observer:
             self._faults.count("loss_scale_ambiguous", "several loss terms: give attach(loss_scale=) to steer this job")
             return None
         return self.loss.scale * ((self._options.loss_scale or 1.0) * self.weight / len(self._injectors))
-
-
-def _fits(sample: PatchSample, sequences: torch.Tensor) -> bool:
-    return sequences.dim() == 3 and sequences.shape[:2] == (sample.num_sequences, sample.sequence_length)

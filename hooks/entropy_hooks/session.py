@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from entropy_hooks.frame import FrameAssembler, ObservedPass, StepRecord
 from entropy_hooks.host import Ring
 from entropy_hooks.meter import Meter
 from entropy_hooks.observer import Observer
+from entropy_hooks.optimizer_figures import gradient_norm, learning_rate
+from entropy_hooks.probe_sampler import ProbeSampler
 from entropy_hooks.pulse import Pulse
 from entropy_hooks.scalars import ScalarsBatch
 from entropy_hooks.weight_space import reduce_layers
@@ -24,6 +24,7 @@ from entropy_monitor.types import PHASES
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    import torch
     from torch import nn
     from torch.optim import Optimizer
     from torch.utils.hooks import RemovableHandle
@@ -44,6 +45,8 @@ class Target:
     optimizer: Optimizer
     taps: Mapping[str, nn.Module]
     steered: tuple[str, ...]
+    probe: Callable[[nn.Module], torch.Tensor] | None
+    """The user's function that runs the model on a fixed batch and returns its loss."""
 
     @property
     def contaminated(self) -> frozenset[str]:
@@ -74,11 +77,18 @@ class Session:
         self.meter = Meter()
         self._ring = Ring()
         self._scalars = ScalarsBatch(self._ring)
-        self._assembler = FrameAssembler(options, self._ring, faults)
+        self._assembler = FrameAssembler(options, tuple(target.taps), self._ring, faults)
+        self._sampled = False
+        """The step under way is sampled."""
         self._observed: ObservedPass | None = None
+        self._exact: torch.Tensor | None = None
+        """This step's exact alignment, if it is audited."""
         self.writer = Writer(run.objects, self._rank, self.attempt, options.keep, self._ring, faults)
         self._pulse = Pulse(run, self._rank, steer=options.steer, fields=self._heartbeat, faults=faults)
         self._observer = Observer(target.model, target.taps, target.steered, options, faults, self.meter)
+        self._probe: ProbeSampler | None = None
+        if options.exact_alignment_every or options.observe == "probe":
+            self._probe = ProbeSampler(target, self._observer, options, faults)
         self._handles: list[RemovableHandle] = [
             target.optimizer.register_step_pre_hook(self._guard(self._before_step)),
             target.optimizer.register_step_post_hook(self._guard(self._after_step)),
@@ -121,9 +131,25 @@ class Session:
     # ---- the step boundary -------------------------------------------------------------------------------------------
 
     def _before_step(self) -> None:
-        """The gradients are accumulated and unscaled, and the optimizer has not used them yet.
+        """The optimizer has not changed the parameters yet."""
+        if self._sampled:
+            if self._probe is not None:
+                self._ask_probe(self._probe)
+            self._observe_training()
 
-        A closure runs the passes after this; then the gradients are looked at when the step has ended.
+    def _ask_probe(self, probe: ProbeSampler) -> None:
+        every = self._options.exact_alignment_every
+        if every and self.step % every == 0:
+            self._exact = probe.audit()
+        if self._options.observe == "probe":
+            self._observed = probe.observe()
+            if self._observed is not None and self._observer.passes.count:
+                self._observed.grad_norm = gradient_norm(self._target.optimizer)
+
+    def _observe_training(self) -> None:
+        """The gradients are accumulated and unscaled.
+
+        A closure runs the passes inside the optimizer's step; then they are looked at when the step has ended.
         """
         capture = self._observer.capture
         if not self._observer.sampling or capture is None or capture.sample is None or not capture.activations:
@@ -137,13 +163,7 @@ class Session:
             observed.contaminated = self._target.contaminated
         if (loss := capture.loss) is not None:
             observed.loss, observed.gradient_scale = loss.loss, loss.scale
-        gradients = [
-            parameter.grad.coalesce().values() if parameter.grad.is_sparse else parameter.grad
-            for group in self._target.optimizer.param_groups
-            for parameter in group["params"]
-            if parameter.grad is not None
-        ]
-        observed.grad_norm = torch.nn.utils.get_total_norm(gradients) if gradients else None
+        observed.grad_norm = gradient_norm(self._target.optimizer)
         if self._options.gradients and self._options.weight_alignment:
             batch_patches = capture.sample.num_batch_patches * max(1, self._observer.passes.count)
             observed.weight_space = reduce_layers(capture, observed.contaminated, batch_patches)
@@ -153,7 +173,7 @@ class Session:
         try:
             self._record_step()
         finally:  # whatever could not be recorded, the steps go on being counted
-            self._observed = None
+            self._observed = self._exact = None
             self._observer.end_step()
             self.step += 1
             self._last_step_at = time.time()
@@ -163,9 +183,11 @@ class Session:
 
     def _record_step(self) -> None:
         if self._observed is None:
-            self._before_step()
+            self._observe_training()
+        elif self._observed.grad_norm is None:
+            self._observed.grad_norm = gradient_norm(self._target.optimizer)
         now = time.time()
-        lr = self._learning_rate()
+        lr = learning_rate(self._target.optimizer)
         loss = self._observer.loss
         self._num_tokens_seen += self._observer.num_tokens
         grad_norm = self._observed.grad_norm if self._observed is not None else None
@@ -181,20 +203,23 @@ class Session:
             loss.loss if loss is not None else None,
             grad_norm,
         )
-        if self._observer.sampling:
+        if self._sampled:
             self._send_frame(now, lr)
         elif self._scalars.due:
             self._send_scalars()
 
     def _begin_step(self) -> None:
-        self._observer.sampling = self.step % self._options.every == 0
+        self._sampled = self.step % self._options.every == 0
+        self._observer.sampling = self._sampled and self._options.observe == "training"
         self._observer.weight = self._phase.weight_in_force
 
     def _send_frame(self, now: float, lr: float) -> None:
         self._send_scalars()  # first: the controller relies on every step up to a frame's being there
         if self._observed is None:
+            if self._options.observe == "probe":
+                return  # why there is no probe has been counted where it was met
             capture = self._observer.capture
-            if capture is None or not capture.too_short:  # a short batch has been counted where it was met
+            if capture is None or not capture.too_short:  # so has a short batch
                 self._faults.count("not_observed", "no tapped layer ran in this step (compiled, or not this model)")
             return
         slot = self._ring.acquire()
@@ -211,6 +236,7 @@ class Session:
             num_tokens_seen=self._num_tokens_seen,
             lr=lr,
         )
+        self._observed.exact_alignment = self._exact
         self._submit_frame(self._observed, record, slot)
 
     def _submit_frame(self, observed: ObservedPass, record: StepRecord, slot: Slot) -> None:
@@ -225,12 +251,6 @@ class Session:
     def _send_scalars(self) -> None:
         if (job := self._scalars.take_job()) is not None:
             self.writer.submit(job)
-
-    def _learning_rate(self) -> float:
-        rate = self._target.optimizer.param_groups[0].get("lr", float("nan"))
-        if isinstance(rate, torch.Tensor):  # on a GPU, reading it would wait for the device
-            return float(rate) if rate.device.type == "cpu" else float("nan")
-        return float(rate)
 
     # ---- the heartbeat -----------------------------------------------------------------------------------------------
 

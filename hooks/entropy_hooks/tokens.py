@@ -16,10 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from entropy_monitor.types import PATCH_LENGTH
-
-TOKEN_OFFSETS = (-2, -1, 0, 1, 2, 3)
-"""Token ids kept around each sampled position: the input 3-gram that ends there, the output 3-gram that follows."""
+from entropy_monitor.types import PATCH_LENGTH, TOKEN_OFFSETS
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +96,14 @@ class PatchSample:
     def num_batch_patches(self) -> int:
         """Whole patches in the batch."""
         return self.num_sequences * (self.sequence_length // PATCH_LENGTH)
+
+    def fits(self, sequences: torch.Tensor) -> bool:
+        """Whether an activation seen as sequences has the tokens that were drawn from.
+
+        Returns:
+            True or False.
+        """
+        return sequences.dim() == 3 and sequences.shape[:2] == (self.num_sequences, self.sequence_length)
 
     def select(self, sequences: torch.Tensor) -> torch.Tensor:
         """Gather the sampled tokens.

@@ -108,11 +108,14 @@ def _examine(capture: Capture, layer: str, contaminated: frozenset[str]) -> _Can
     gradient, linear = capture.gradients.get(layer), capture.linears.get(layer)
     if layer in contaminated:
         return STATUS_STEERED
-    if gradient is None or linear is None or linear.weight.grad is None:
+    if gradient is None or linear is None:
+        return STATUS_NO_LINEAR
+    weight_gradient = linear.weight.grad if linear.weight_gradient is None else linear.weight_gradient
+    if weight_gradient is None:
         return STATUS_NO_LINEAR
     if linear.output_gradient is None:  # the block overwrote its output in place, or ran without a graph
         return STATUS_CHECK_FAILED
-    weight_gradient = linear.weight.grad.detach()
+    weight_gradient = weight_gradient.detach()
     if hasattr(weight_gradient, "placements"):  # DTensor: this rank holds a shard of it
         return STATUS_SHARDED
     return _Candidate(

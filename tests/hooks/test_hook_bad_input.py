@@ -56,6 +56,11 @@ def check_refusal(error: pytest.ExceptionInfo[ConfigError], *parts: str) -> None
         ({"stear": True}, "stear"),
         ({"frequency": 3}, "frequency"),
         ({"run": 7}, "run"),
+        ({"exact_alignment_every": -10}, "exact_alignment_every"),
+        ({"exact_alignment_every": 15}, "multiple of every, 10"),
+        ({"exact_alignment_every": 10, "every": 4}, "multiple of every, 4"),
+        ({"observe": "both"}, "observe training or probe"),
+        ({"probe": 3}, "probe"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
@@ -69,7 +74,7 @@ def test_options(tmp_path: Path, options: dict[str, Any], named: str) -> None:
     assert list(job.model._forward_pre_hooks) == before
 
 
-@pytest.mark.parametrize("reserved", [{"max_overhead": 0.01}, {"exact_alignment_every": 10}])
+@pytest.mark.parametrize("reserved", [{"max_overhead": 0.01}])
 def test_reserved_options_say_so(tmp_path: Path, reserved: dict[str, Any]) -> None:
     job = Job()
     with pytest.raises(ConfigError, match="not available in this version"):

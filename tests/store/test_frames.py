@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import threading
 import warnings
 from dataclasses import replace
@@ -76,6 +77,12 @@ def assert_same(frame: Frame, data: FrameData, layout: FrameLayout) -> None:
         np.testing.assert_array_equal(frame.alignment.info, data.alignment_info)
     else:
         assert frame.alignment is None
+    if layout.exact_layers:
+        assert frame.exact_alignment is not None
+        assert frame.exact_alignment.layers == layout.exact_layers
+        np.testing.assert_array_equal(frame.exact_alignment.cosines, data.exact_alignment)
+    else:
+        assert frame.exact_alignment is None
 
 
 @st.composite
@@ -95,6 +102,7 @@ def layouts(draw: st.DrawFn) -> FrameLayout:
         gradients=draw(st.booleans()),
         token_window=draw(st.integers(0, 4)),
         alignment_layers=groups[-1].layers if draw(st.booleans()) else (),
+        exact_layers=tuple(layer for group in groups for layer in group.layers) if draw(st.booleans()) else (),
     )
 
 
@@ -134,6 +142,46 @@ def test_padding_is_kept_as_it_is_and_the_commit_says_where_it_begins(tmp_path: 
     assert not frame.activations[:, 16:].any()
     assert frame.token_windows is not None
     assert (frame.token_windows[16:] == -1).all()
+
+
+def test_a_step_that_was_not_audited_is_nan_and_one_array_of_a_segment(tmp_path: Path) -> None:
+    run = create_run(tmp_path)
+    layout = replace(frame_layout(), exact_layers=("a", "b"))
+    audited, other = frame_data(layout, 0), frame_data(layout, 1, exact_alignment=np.full((2, 2), np.nan, np.float32))
+    writer = FrameWriter(run.objects, 0, 1)
+    seqs = [writer.write(layout, data) for data in (audited, other)]
+    assert seqs == [0, 1]
+    reader = FrameReader(run.objects, run.run_id, 0)
+    for seq, data in zip(seqs, (audited, other), strict=True):
+        frame = reader.read(seq)
+        assert frame is not None
+        assert_same(frame, data, layout)
+    stored = zarr.open_group(str(tmp_path / frames_key(0, 0)), mode="r")
+    assert stored["exact_alignment"].shape == (64, 2, 2)
+    assert stored.attrs["exact_layers"] == ["a", "b"]
+    np.testing.assert_array_equal(stored["exact_alignment"][0], audited.exact_alignment)
+
+
+def test_a_segment_written_before_there_were_audits_is_read(tmp_path: Path) -> None:
+    run, layout = create_run(tmp_path), frame_layout()
+    data = frame_data(layout, 0)
+    seq = FrameWriter(run.objects, 0, 1).write(layout, data)
+    metadata = tmp_path / frames_key(0, 0) / "zarr.json"
+    group = json.loads(metadata.read_text())
+    del group["attributes"]["exact_layers"]
+    metadata.write_text(json.dumps(group))
+    frame = FrameReader(run.objects, run.run_id, 0).read(seq)
+    assert frame is not None
+    assert_same(frame, data, layout)
+
+
+def test_a_damaged_audit_makes_the_frame_undetermined(tmp_path: Path) -> None:
+    run = create_run(tmp_path)
+    layout = replace(frame_layout(), exact_layers=("a", "b"))
+    seq = FrameWriter(run.objects, 0, 1).write(layout, frame_data(layout, 0))
+    flip_byte(frame_file(run, seq, 0, "exact_alignment"), 3)
+    with pytest.raises(CorruptFrameError, match="exact_alignment"):
+        FrameReader(run.objects, run.run_id, 0).read(seq)
 
 
 def test_an_all_zero_frame_is_data(tmp_path: Path) -> None:

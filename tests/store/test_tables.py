@@ -25,6 +25,7 @@ from entropy_monitor.store import (
     create_run,
     layout,
     read_cursor,
+    read_states,
     read_tail,
     scalars,
 )
@@ -149,7 +150,9 @@ def test_a_damaged_chunk_of_scalars_is_an_error_of_ours(tmp_path: Path) -> None:
 def table_layout(
     layers: tuple[str, ...] = ("a", "b"), metrics: tuple[str, ...] = ("mbe", "mbe_se"), num_ranks: int = 2
 ) -> MetricsLayout:
-    return MetricsLayout(layers=layers, metrics=metrics, scalars=SCALARS, num_ranks=num_ranks)
+    return MetricsLayout(
+        layers=layers, metrics=metrics, scalars=SCALARS, num_ranks=num_ranks, states=("level", "slope")
+    )
 
 
 def metrics_row(
@@ -164,7 +167,8 @@ def metrics_row(
     base = step if value is None else value
     values = np.array([[base + 10 * len(layer) + m for m in range(len(names.metrics))] for layer in names.layers])
     row_scalars = {"attempt": attempt, "step": step, "phase": 0, "regime": 1, "ce": base / 2, "num_patches": 64}
-    return MetricsRow(values=values.astype(np.float32), scalars=row_scalars, source=source or {0: step})
+    states = {"level": step / 3, "slope": base}
+    return MetricsRow(values=values.astype(np.float32), scalars=row_scalars, source=source or {0: step}, states=states)
 
 
 def rows_of(blocks: list[Any]) -> list[tuple[int, int, float, tuple[int, ...]]]:
@@ -217,6 +221,8 @@ def test_metrics_are_what_was_appended(
         elif action == "reopen":
             writer = MetricsWriter(run.objects)
             assert writer.cursor == read_cursor(run.objects) == cursor
+            newest = twin[-1][1] if twin else None
+            assert read_states(run.objects) == ({} if newest is None else {"level": newest / 3, "slope": newest})
         else:
             seen += rows_of(list(incremental.read_new()))
             assert seen == rows_of(list(MetricsReader(run.objects).read_new())) == twin
@@ -250,12 +256,12 @@ def test_metrics_cross_chunk_and_segment_borders_at_their_real_sizes(
 
 
 @pytest.mark.usefixtures("small_segments")
-@pytest.mark.parametrize("survived", [0, 1, 2])
+@pytest.mark.parametrize("survived", [0, 1, 2, 3])
 @pytest.mark.parametrize("before", [0, 1, 3, 4, 5, 11, 12])
-def test_a_kill_between_the_three_arrays_leaves_no_row(
+def test_a_kill_between_the_four_arrays_leaves_no_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, survived: int, before: int
 ) -> None:
-    """`survived` of the three writes of a row reach the disk; the row and its cursor exist after all three."""
+    """`survived` of the four writes of a row reach the disk; the row, its cursor and its state exist after all four."""
     run, names = create_run(tmp_path), table_layout()
     writer = MetricsWriter(run.objects)
     for step in range(before):
@@ -275,6 +281,7 @@ def test_a_kill_between_the_three_arrays_leaves_no_row(
     expected = [(1, step, float(step + 10), (step, -1)) for step in range(before)]
     assert rows_of(list(MetricsReader(run.objects).read_new())) == expected
     assert read_cursor(run.objects) == ({0: before - 1} if before else {})
+    assert read_states(run.objects) == ({"level": (before - 1) / 3, "slope": before - 1} if before else {})
     restarted = MetricsWriter(run.objects)
     for step in (before, before + 1):
         restarted.append(names, metrics_row(names, step))
@@ -471,6 +478,7 @@ def test_plain_readers_open_the_tables(tmp_path: Path) -> None:
     assert arrays == {
         "metrics/s000000/values",
         "metrics/s000000/scalars",
+        "metrics/s000000/states",
         "metrics/s000000/source",
         "scalars/r00000/s000000/values",
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,10 +17,13 @@ from entropy_monitor.types import Acknowledgement, Measurement
 from entropy_monitor.watcher.beat import WatcherBeat
 from entropy_monitor.watcher.channel import ControlChannel
 from entropy_monitor.watcher.controller import Situation, decide
+from entropy_monitor.watcher.detectors.plateau import PlateauConclusion
 from entropy_monitor.watcher.feed import LossFeed
 from entropy_monitor.watcher.follow import JoinedStep
 from entropy_monitor.watcher.judge import Judge, Known
-from entropy_monitor.watcher.row import mean_over_layers, metrics_row, middle_layers, step_scalars, table_layout
+from entropy_monitor.watcher.row import metrics_row, run_figures, step_scalars, table_layout
+from entropy_monitor.watcher.trends import Trends
+from entropy_monitor.watcher.window import WindowExtent
 
 from ..synthetic_trainer import SyntheticTrainer
 
@@ -213,28 +217,30 @@ def test_the_controllers_commands_carry_the_runs_key(tmp_path: Path, monkeypatch
 
 def test_the_mean_over_layers_leaves_out_what_is_unknown() -> None:
     figures = [measured("a", 1.0), measured("b", 3.0, None), measured("c", math.nan), measured("a", 9.0, metric="mbe")]
-    assert mean_over_layers(figures, ("a",)) == (1.0, 0.1)
-    value, error = mean_over_layers(figures)
+    assert run_figures(figures, ("a",)) == {"mbe_normalized": (1.0, 0.1), "mbe": (9.0, 0.1)}
+    value, error = run_figures(figures)["mbe_normalized"]
     assert value == 2.0
     assert math.isnan(error)
-    assert all(math.isnan(figure) for figure in mean_over_layers(figures, ("z",)))
+    assert run_figures(figures, ("z",)) == {}
 
 
-@pytest.mark.parametrize(
-    ("count", "expected"), [(0, ""), (1, "a"), (2, "ab"), (3, "abc"), (4, "bc"), (8, "cdef"), (12, "defghi")]
-)
-def test_the_middle_half_of_the_layers(count: int, expected: str) -> None:
-    assert "".join(middle_layers("abcdefghijkl"[:count])) == expected
+def test_the_mean_over_layers_is_weighted_by_tokens() -> None:
+    figures = [measured("a", 1.0, 0.2), replace(measured("b", 4.0, 0.5), num_samples=12)]
+    assert run_figures(figures)["mbe_normalized"] == pytest.approx(((4 * 1 + 12 * 4) / 16, (4 * 0.2 + 12 * 0.5) / 16))
 
 
 def test_a_row_holds_what_was_measured_and_nan_elsewhere() -> None:
     joined = JoinedStep(attempt=2, step=5, frames=(), source={0: 7, 1: 3}, missing_ranks=(), is_correction=False)
     figures = [measured("b", 1.5, 0.25), measured("b", 2.5, None, "s1")]
-    row_scalars = step_scalars(joined, figures, "compressing")
-    assert (row_scalars["attempt"], row_scalars["step"], row_scalars["regime"]) == (2, 5, 2)
+    row_scalars = step_scalars(joined, figures, run_figures(figures), WindowExtent(3, 99, 7))
+    assert (row_scalars["attempt"], row_scalars["step"]) == (2, 5)
+    assert (row_scalars["window_first_step"], row_scalars["num_window_tokens"]) == (3, 99)
+    assert (row_scalars["run_mbe_normalized"], row_scalars["run_mbe_normalized_se"]) == (1.5, 0.25)
+    assert math.isnan(row_scalars["run_mbe"])
     assert math.isnan(row_scalars["ce"])
-    layout = table_layout(("a", "b"), row_scalars, 2)
-    row = metrics_row(joined, figures, row_scalars, layout)
+    layout = table_layout(("a", "b"), row_scalars, {"x": 1.0}, 2)
+    row = metrics_row(joined, figures, row_scalars, {"x": 1.0}, layout)
+    assert (layout.states, row.states) == (("x",), {"x": 1.0})
     assert row.source == {0: 7, 1: 3}
     assert np.isnan(row.values[0]).all()
     where = {name: index for index, name in enumerate(layout.metrics)}
@@ -251,14 +257,15 @@ def test_the_judges_state_survives_a_row(tmp_path: Path) -> None:
     trainer = SyntheticTrainer(tmp_path, total_steps=100)
     judge = Judge(trainer.run, "advise", channel_of(trainer))
     joined = JoinedStep(attempt=1, step=5, frames=(), source={0: 7}, missing_ranks=(), is_correction=False)
-    row = judge.judge(joined, ()).scalars
+    row = judge.judge(joined, ()).states
     restored = Judge(trainer.run, "advise", channel_of(trainer))
     restored.resume(row)
-    assert (restored.known, restored.regime_state, restored.gate.state) == (
+    assert (restored.known, repr(restored.trend_state), restored.gate.state) == (
         Known(attempt=1),
-        judge.regime_state,
+        repr(judge.trend_state),
         judge.gate.state,
     )
+    assert repr(restored.trends) == repr(judge.trends)
     assert restored.gate.options.memorize_patience == 4
     assert restored.last_step == 5
 
@@ -310,7 +317,9 @@ def test_the_heartbeat_says_what_the_loop_reported(tmp_path: Path) -> None:
     trainer = SyntheticTrainer(tmp_path)
     with WatcherBeat(trainer.run.objects, "auto") as beat:
         first = read_heartbeat(trainer.run.objects, "watcher")
-        beat.reached(7, {0: 3, 1: 64}, "compressing")
+        beat.reached(
+            7, {0: 3, 1: 64}, Trends(regime="compressing", plateau=PlateauConclusion(True, 0.5, 0.01, 6, 4, 7))
+        )
         for lag_s in (0.1, 0.2, 0.3, math.nan):
             beat.lag(lag_s)
         beat.fault({"corrupt_frame": 1})

@@ -28,6 +28,7 @@ from entropy_monitor.store import (
     open_run,
     read_cursor,
     read_heartbeat,
+    read_states,
     read_status,
 )
 from entropy_monitor.types import Acknowledgement
@@ -206,8 +207,7 @@ def test_a_late_rank_corrects_its_rows_also_after_several_restarts(tmp_path: Pat
     assert late.run.metrics("all")["step"].values.tolist() == [0, 1, 2, 3, 0, 1, 2, 3]
     assert [row["source"] for row in all_rows(late.run)][4:] == [[step, step] for step in range(4)]
     assert read_status(late.run).last_measured_step == 3
-    assert all_rows(late.run)[3]["scalars"]["regime_num_samples"] == 4
-    assert all_rows(late.run)[7]["scalars"]["regime_num_samples"] == 4  # a correction moves no state
+    assert read_states(late.run.objects)["regime_num_samples"] == 4  # a correction moves no state
 
 
 def test_a_late_frame_of_an_older_model_finds_its_layers(tmp_path: Path) -> None:
@@ -216,17 +216,19 @@ def test_a_late_frame_of_an_older_model_finds_its_layers(tmp_path: Path) -> None
     second = SyntheticTrainer(tmp_path, layers=("b", "c"))
     second.commit_all([0, 1])
     assert drain(second.run) == 3
+    assert read_states(second.run.objects)["regime_num_samples"] == 2
     (stray,) = [segment for segment in second.run.objects.children(layout.frames_key(0)) if segment == "s000001"]
     assert stray
     first.commit(0, rank=1)
     assert drain(second.run) == 1
+    assert read_states(second.run.objects)["regime_num_samples"] == 2
     second.commit(2)
     assert drain(second.run) == 1
+    states = read_states(second.run.objects)
+    assert (states["judge_attempt"], states["regime_num_samples"]) == (2, 3)  # the restarts lost no state
     rows = all_rows(second.run)
     assert [row["layout"].layers for row in rows] == [("a", "b"), ("b", "c"), ("b", "c"), ("a", "b"), ("b", "c")]
     assert rows[3]["source"] == [0, 0]
-    assert [row["scalars"]["judge_attempt"] for row in rows] == [1, 2, 2, 2, 2]
-    assert [row["scalars"]["regime_num_samples"] for row in rows] == [1, 1, 2, 2, 3]  # the restart lost no state
     assert np.isfinite(second.run.metrics(1)["mbe"].sel(layer="a").values).all()
     assert second.run.metrics()["layer"].values.tolist() == ["b", "c", "a"]
 
@@ -431,10 +433,11 @@ def test_no_command_comes_twice_when_the_watcher_is_killed_before_its_row(tmp_pa
 
 def test_the_gate_follows_a_phase_that_somebody_else_has_set(tmp_path: Path) -> None:
     trainer = SyntheticTrainer(tmp_path)
-    stalled(trainer, range(3))
-    trainer.phase = "compress"
-    stalled(trainer, range(3, 6))
-    drain(trainer.run)
-    phases = [row["scalars"]["gate_phase"] for row in all_rows(trainer.run)]
+    phases = []
+    for step in range(6):
+        trainer.phase = "memorize" if step < 3 else "compress"
+        stalled(trainer, [step])
+        drain(trainer.run)
+        phases.append(read_states(trainer.run.objects)["gate_phase"])
     assert phases == [0, 0, 0, 1, 1, 1]
     assert trainer.run.metrics()["phase"].values.tolist() == ["memorize"] * 3 + ["compress"] * 3

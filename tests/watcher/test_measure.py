@@ -15,19 +15,13 @@ from entropy_monitor.estimators import (
     patch_matrix_entropy,
     weight_alignment_parts,
 )
-from entropy_monitor.types import AlignmentParts, Frame, LayerGroup
+from entropy_monitor.types import AlignmentParts, ExactAlignment, Frame, LayerGroup
 from entropy_monitor.watcher.measure import measure_frames
 
-MEASURED = (
-    "mbe",
-    "mbe_normalized",
-    "mbe_centered",
-    "s1",
-    "s2",
-    "effective_rank",
-    "alignment_activation",
-    "alignment_weight",
-)
+FROM_ONE_STEP = [metric for metric in METRICS if metric.samples != "window_tokens"]
+NAMES = [metric.name for metric in FROM_ONE_STEP]
+ALIGNMENTS = ["alignment_weight", "alignment_exact", "alignment_exact_all"]
+OF_ACTIVATIONS = [name for name in NAMES if name not in ALIGNMENTS]
 
 
 def array(*shape, seed=0):
@@ -87,16 +81,16 @@ def same(found, expected):
 
 def test_every_layer_gets_every_metric_with_its_unit_in_the_order_of_the_catalog():
     measurements = measure_frames([frame()]).measurements
-    assert [(m.layer, m.metric) for m in measurements] == [(layer, name) for layer in "ab" for name in MEASURED]
+    assert [(m.layer, m.metric) for m in measurements] == [(layer, name) for layer in "ab" for name in NAMES]
     units = {metric.name: metric.unit for metric in METRICS}
     assert all(m.unit == units[m.metric] for m in measurements)
     assert {(m.run_id, m.step) for m in measurements} == {("run", 30)}
-    assert [name for name in units if name in MEASURED] == list(MEASURED)
 
 
 def test_catalog_covers_the_contract_in_order():
     expected = "mbe mbe_normalized mbe_centered s1 s2 effective_rank soft_entropy mi_input_1 mi_input_2 mi_input_3"
     expected += " mi_output_1 mi_output_2 mi_output_3 optimality alignment_activation alignment_weight"
+    expected += " alignment_exact alignment_exact_all"
     assert [metric.name for metric in METRICS] == expected.split()
     assert all(metric.description.endswith(".") and metric.source for metric in METRICS)
 
@@ -134,7 +128,8 @@ def test_sample_sizes_count_tokens_or_patches_as_the_catalog_says():
     counts = {"tokens": 48, "patches": 6}
     kinds = {metric.name: metric.samples for metric in METRICS}
     for measurement in measure_frames([frame()]).measurements:
-        assert measurement.num_samples == counts[kinds[measurement.metric]]
+        if not measurement.metric.startswith("alignment_exact"):  # there was no audit
+            assert measurement.num_samples == counts[kinds[measurement.metric]]
 
 
 def test_padding_is_dropped():
@@ -163,7 +158,7 @@ def test_ranks_are_pooled_token_by_token():
     )
     found, expected = figures(first, second), figures(together)
     for layer in "ab":
-        for metric in MEASURED[:-1]:
+        for metric in OF_ACTIVATIONS:
             assert found[layer, metric] == pytest.approx(expected[layer, metric], rel=1e-5), metric
 
 
@@ -187,6 +182,20 @@ def test_a_weight_alignment_that_is_not_valid_is_undetermined_and_no_fault(statu
     assert figures(invalid, valid)["a", "alignment_weight"] == figures(valid)["a", "alignment_weight"]
 
 
+def test_audits_of_ranks_are_averaged_and_carry_no_error():
+    nan = math.nan
+    first = replace(frame(), exact_alignment=ExactAlignment(("a", "b"), np.float32([[0.5, -0.25], [nan, 0.75]])))
+    second = replace(frame(rank=1), exact_alignment=ExactAlignment(("a", "b"), np.float32([[0.25, nan], [nan, nan]])))
+    found = figures(first, second)
+    for key, expected in {
+        ("a", "alignment_exact"): (0.375, nan, 2),
+        ("a", "alignment_exact_all"): (-0.25, nan, 1),
+        ("b", "alignment_exact"): (nan, nan, 0),
+        ("b", "alignment_exact_all"): (0.75, nan, 1),
+    }.items():
+        assert found[key] == pytest.approx(expected, nan_ok=True), key
+
+
 def test_a_square_norm_that_is_not_positive_is_undetermined_and_counted():
     parts = frame().alignment
     parts.parts[1, :, 1] = -1.0
@@ -206,7 +215,7 @@ def test_frames_without_gradients_or_alignment_leave_those_undetermined():
     assert math.isfinite(found["a", "mbe"].value)
     assert faults == {}
     mixed = measure_frames([plain, replace(plain, groups=(LayerGroup(group.layers, group.activations, None),))])
-    assert math.isnan(mixed.measurements[6].value)
+    assert math.isnan({m.metric: m.value for m in mixed.measurements}["alignment_activation"])
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -214,14 +223,14 @@ def test_a_non_finite_activation_makes_its_own_layer_undetermined_and_is_counted
     single = frame()
     single.activations[1, 3, 2] = bad
     found, faults = table(single)
-    for metric in MEASURED[:-1]:
+    for metric in OF_ACTIVATIONS:
         assert math.isnan(found["b", metric].value), metric
         assert math.isnan(found["b", metric].std_error), metric
         assert found["b", metric].num_samples > 0
     assert faults == {"non_finite": 1}
     clean = figures(frame())
-    for metric in MEASURED:
-        assert figures(single)["a", metric] == pytest.approx(clean["a", metric], rel=1e-6)
+    for metric in NAMES:
+        assert figures(single)["a", metric] == pytest.approx(clean["a", metric], rel=1e-6, nan_ok=True)
 
 
 def test_a_non_finite_gradient_spoils_the_alignment_alone():
@@ -266,7 +275,7 @@ def test_layers_of_other_shapes_and_pipeline_stages_are_measured_beside_each_oth
 def test_many_layers_are_the_same_as_one_by_one(monkeypatch):
     layers = tuple(f"h.{index}" for index in range(7))
     whole = figures(frame(layers=layers))
-    monkeypatch.setattr("entropy_monitor.watcher.measure._MAX_ENTRIES", 500)
+    monkeypatch.setattr("entropy_monitor.watcher.pool._MAX_ENTRIES", 500)
     same(figures(frame(layers=layers)), whole)
 
 

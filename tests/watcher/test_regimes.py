@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from entropy_monitor.errors import ConfigError
+from entropy_monitor.rows import state_from_row, state_to_row
 from entropy_monitor.watcher.regimes import RegimeOptions, RegimeState, slope_std_error, update_regime
 
 OPTIONS = RegimeOptions()
@@ -117,13 +118,14 @@ def test_a_detector_restarted_from_its_row_goes_on_exactly(values, data):
     whole = parted = RegimeState()
     for step, value in enumerate(values):
         if step == cut:
-            row = {**parted.to_row(), "ce": 1.0}
+            row = {**state_to_row(parted, "regime_"), "ce": 1.0}
             assert all(isinstance(number, float) for number in row.values())
-            parted = RegimeState.from_row(row)
+            parted = state_from_row(RegimeState, row, "regime_")
         whole, expected = update_regime(whole, step, value, 0.01, options)
         parted, found = update_regime(parted, step, value, 0.01, options)
         assert found == expected
-    assert {k: str(v) for k, v in parted.to_row().items()} == {k: str(v) for k, v in whole.to_row().items()}
+    last, expected_last = (state_to_row(state, "regime_") for state in (parted, whole))
+    assert {k: str(v) for k, v in last.items()} == {k: str(v) for k, v in expected_last.items()}
 
 
 def ramped_state():
@@ -171,7 +173,7 @@ def test_a_wrong_option_is_named(name, value):
 
 def test_a_damaged_row_is_refused():
     with pytest.raises(ValueError, match="regime_last_step: expected a whole number, found None"):
-        RegimeState.from_row({})
+        state_from_row(RegimeState, {}, "regime_")
 
 
 def test_a_steep_fall_at_the_start_does_not_blind_the_detector():

@@ -1,6 +1,6 @@
 """The hooks on a GPU: bit-identical training, no synchronisation, true frames, and the overhead on GPT-2 124M.
 
-Run on a machine with a CUDA device: ``python3 run.py bench cuda``. Prints one table; exits 1 when a promise is broken.
+Run on a machine with a CUDA device: ``python3 run.py bench gpu``. Prints one table; exits 1 when a promise is broken.
 """
 
 from __future__ import annotations

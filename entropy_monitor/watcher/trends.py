@@ -1,0 +1,156 @@
+"""What a run's figures do over time: every detector, folded over the steps. Pure: no clock, no file."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+from entropy_monitor.rows import state_from_row, state_to_row
+from entropy_monitor.types import REGIMES, STAGES, Regime
+from entropy_monitor.watcher.detectors.period import PeriodConclusion, PeriodOptions, PeriodState, update_period
+from entropy_monitor.watcher.detectors.plane import (
+    PlaneConclusion,
+    PlaneOptions,
+    PlanePoint,
+    PlaneState,
+    update_plane,
+)
+from entropy_monitor.watcher.detectors.plateau import (
+    PlateauConclusion,
+    PlateauOptions,
+    PlateauState,
+    update_plateau,
+)
+from entropy_monitor.watcher.detectors.sign import SignConclusion, SignOptions, SignState, update_sign
+from entropy_monitor.watcher.regimes import RegimeOptions, RegimeState, update_regime
+from entropy_monitor.watcher.row import RunFigure
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+_UNKNOWN = RunFigure()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrendState:
+    """All that the detectors remember; numbers only, saved with the row, so that a restart continues them."""
+
+    regime: RegimeState = field(default_factory=RegimeState)
+    weight_sign: SignState = field(default_factory=SignState)
+    activation_sign: SignState = field(default_factory=SignState)
+    cycle: PeriodState = field(default_factory=PeriodState)
+    plane: PlaneState = field(default_factory=PlaneState)
+    plateau: PlateauState = field(default_factory=PlateauState)
+
+    def to_row(self) -> dict[str, float]:
+        """Give columns for a table of float64.
+
+        Returns:
+            Each number, the detector's name before its own.
+        """
+        return state_to_row(self, "")
+
+    @classmethod
+    def from_row(cls, row: Mapping[str, float]) -> TrendState:
+        """Restore a state from columns; others in the row are ignored.
+
+        Returns:
+            The state that gave the row.
+        """
+        return state_from_row(cls, row, "")
+
+
+class Trends(NamedTuple):
+    """What the detectors conclude after a step."""
+
+    regime: Regime = "undetermined"
+    """From the slope of row-normalised MBE."""
+    weight_sign: SignConclusion = SignConclusion(0, 0, 0.0, False)
+    """Of the weight-space alignment."""
+    activation_sign: SignConclusion = SignConclusion(0, 0, 0.0, False)
+    """Of the activation-space alignment."""
+    cycle: PeriodConclusion = PeriodConclusion(False)
+    """Of the weight-space alignment."""
+    plane: PlaneConclusion = PlaneConclusion("undetermined")
+    """Of I(X;Z) and I(Y;Z) for single tokens."""
+    plateau: PlateauConclusion = PlateauConclusion()
+    """Of optimality."""
+
+    def to_row(self) -> dict[str, float]:
+        """Give columns for the metrics table.
+
+        Returns:
+            Signs are -1, 0 (undetermined) and 1; stages their codes; a period is NaN unless a cycle is claimed, a step
+            unless it is known.
+        """
+        nan = math.nan
+        return {
+            "regime": REGIMES.index(self.regime),
+            "alignment_weight_sign": self.weight_sign.sign,
+            "alignment_weight_flips": self.weight_sign.flip_fraction,
+            "alignment_weight_undersampled": self.weight_sign.is_undersampled,
+            "alignment_activation_sign": self.activation_sign.sign,
+            "alignment_activation_flips": self.activation_sign.flip_fraction,
+            "alignment_activation_undersampled": self.activation_sign.is_undersampled,
+            "cycle_period_steps": self.cycle.period_steps if self.cycle.is_cycle else nan,
+            "cycle_false_alarm": self.cycle.false_alarm,
+            "stage": STAGES.index(self.plane.stage),
+            "stage_began": _known(self.plane.began),
+            "stage_began_earliest": _known(self.plane.earliest),
+            "stage_began_latest": _known(self.plane.latest),
+            "optimality_stopped": self.plateau.is_stopped,
+            "optimality_best": self.plateau.best,
+            "optimality_best_se": self.plateau.best_error,
+            "optimality_stopped_at": _known(self.plateau.stopped_at),
+            "optimality_stopped_earliest": _known(self.plateau.earliest),
+            "optimality_stopped_latest": _known(self.plateau.latest),
+        }
+
+
+def update_trends(
+    state: TrendState, step: int, figures: Mapping[str, RunFigure], window_samples: int
+) -> tuple[TrendState, Trends]:
+    """Take in the run-level figures of one step; those that are missing are undetermined.
+
+    Args:
+        state: what the last call returned, or ``TrendState()``.
+        step: the step; one not after the last one changes nothing.
+        figures: by metric, see `row.run_figures`.
+        window_samples: steps that the sliding window of the information figures spans, which share its tokens.
+
+    Returns:
+        The new state, and what is concluded.
+    """
+    mbe, weight, activation, inputs, outputs, optimality = (
+        figures.get(metric, _UNKNOWN)
+        for metric in (
+            "mbe_normalized",
+            "alignment_weight",
+            "alignment_activation",
+            "mi_input_1",
+            "mi_output_1",
+            "optimality",
+        )
+    )
+    plane_options = PlaneOptions(correlation_samples=window_samples, min_samples=max(3, 2 * window_samples))
+    plateau_options = PlateauOptions(correlation_samples=window_samples, patience=8 * window_samples)
+    regime_state, regime = update_regime(state.regime, step, *mbe, RegimeOptions())
+    weight_state, weight_sign = update_sign(state.weight_sign, step, *weight, SignOptions())
+    activation_state, activation_sign = update_sign(state.activation_sign, step, *activation, SignOptions())
+    cycle_state, cycle = update_period(state.cycle, step, weight.value, PeriodOptions())
+    plane_state, plane = update_plane(state.plane, step, PlanePoint(*inputs, *outputs), plane_options)
+    plateau_state, plateau = update_plateau(state.plateau, step, *optimality, plateau_options)
+    new = TrendState(
+        regime=regime_state,
+        weight_sign=weight_state,
+        activation_sign=activation_state,
+        cycle=cycle_state,
+        plane=plane_state,
+        plateau=plateau_state,
+    )
+    return new, Trends(regime, weight_sign, activation_sign, cycle, plane, plateau)
+
+
+def _known(step: int) -> float:
+    return math.nan if step < 0 else step

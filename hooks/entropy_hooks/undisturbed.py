@@ -1,0 +1,96 @@
+"""Running the model once more, and leaving it as it was: the next training step must not be able to tell."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from collections.abc import Generator, Iterator
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether this process holds only a part of each parameter (DTensor, FSDP): the model cannot run by itself.
+
+    Returns:
+        True or False.
+    """
+    return any(hasattr(parameter, "placements") for parameter in model.parameters()) or any(
+        getattr(module, "_is_fsdp_managed_module", False) for module in model.modules()
+    )
+
+
+@contextlib.contextmanager
+def undisturbed(model: nn.Module) -> Generator[None]:
+    """Put the model in eval mode, on copies of its parameters and buffers, with gradients on and autocast off.
+
+    Within, whatever the model's code does to random state, parameters or buffers is undone at the end, with or without
+    an exception. Backward passes belong within too: checkpointed blocks run again in them.
+
+    Args:
+        model: the user's module, unwrapped.
+    """
+    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng([device for device in devices if device.type == "cuda"]))
+        stack.enter_context(torch.enable_grad())
+        for kind in {"cpu", *(device.type for device in devices)}:
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        if any(isinstance(module, nn.RNNBase) for module in model.modules()):
+            # cuDNN refuses the backward pass of a recurrent layer in eval mode.
+            stack.callback(setattr, torch.backends.cudnn, "enabled", torch.backends.cudnn.enabled)
+            torch.backends.cudnn.enabled = False
+        stack.enter_context(_eval_mode(model))
+        stack.enter_context(_on_copies(model))
+        yield
+
+
+@contextlib.contextmanager
+def _eval_mode(model: nn.Module) -> Generator[None]:
+    # The flags themselves: the user's own `train()` may do more, or refuse to.
+    training = [(module, module.training) for module in model.modules()]
+    try:
+        for module, _ in training:
+            module.training = False
+        yield
+    finally:
+        for module, flag in training:
+            module.training = flag
+
+
+@contextlib.contextmanager
+def _on_copies(model: nn.Module) -> Generator[None]:
+    """Exchange parameters and buffers for copies, tied ones for one copy.
+
+    In eval mode too, a module may count in its buffers and ``nn.Embedding(max_norm=)`` rescales its rows; and a hook of
+    the user's on a parameter must see training gradients alone. Frozen parameters, often very large, are not copied.
+    """
+    places = list(_places(model))
+    copies: dict[int, torch.Tensor] = {}
+    try:
+        for module, name, original in places:
+            if id(original) not in copies:
+                copies[id(original)] = _copy(original)
+            setattr(module, name, copies[id(original)])
+        yield
+    finally:
+        for module, name, original in places:
+            setattr(module, name, original)
+
+
+def _places(model: nn.Module) -> Iterator[tuple[nn.Module, str, torch.Tensor]]:
+    for module in model.modules():
+        rescaled = getattr(module, "max_norm", None) is not None
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            if parameter.requires_grad or rescaled:
+                yield module, name, parameter
+        for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
+            yield module, name, buffer
+
+
+def _copy(original: torch.Tensor) -> torch.Tensor:
+    copy = original.detach().clone()
+    return nn.Parameter(copy, original.requires_grad) if isinstance(original, nn.Parameter) else copy
