@@ -50,6 +50,8 @@ class PlateauState:
     level: WindowLevel = field(default_factory=WindowLevel)
     peak: Peak = field(default_factory=Peak)
     ladder: Ladder = field(default_factory=Ladder)
+    is_stopped: int = 0
+    """1 while nothing has improved significantly for long enough."""
 
 
 class PlateauConclusion(NamedTuple):
@@ -132,19 +134,31 @@ def describe_plateau(found: PlateauConclusion, figure: str = "optimality") -> st
 def _follow(state: PlateauState, found: Level, options: PlateauOptions) -> PlateauState:
     spacing = _RUNG_ERRORS * difference_error(found, found)
     ladder = climb(state.ladder, found.value, found.step, state.level.num_samples, spacing)
-    return replace(state, peak=follow_peak(state.peak, found, options.errors), ladder=ladder)
+    state = replace(state, peak=follow_peak(state.peak, found, options.errors), ladder=ladder)
+    _, sample = _first_as_good(state, options.errors)
+    # Half the patience keeps it: with a bar that moves by a hair at each sample it would be told again and again.
+    patience = options.patience // 2 if state.is_stopped else options.patience
+    return replace(state, is_stopped=int(state.level.num_samples - sample >= patience))
+
+
+def _first_as_good(state: PlateauState, errors: float) -> tuple[int, int]:
+    """Find the first record within so many standard errors of the best.
+
+    Returns:
+        Its step, and the number of its sample.
+    """
+    bar = state.peak.value - errors * difference_error(top(state.peak), top(state.peak))
+    return first_above(state.ladder, bar) or (state.peak.step, state.level.num_samples)
 
 
 def _conclude(state: PlateauState, options: PlateauOptions) -> PlateauConclusion:
     peak = state.peak
     if peak.step < 0:
         return PlateauConclusion()
-    error = difference_error(top(peak), top(peak))
-    newest = (peak.step, state.level.num_samples)
-    stopped_at, _ = first_above(state.ladder, peak.value - error) or newest
-    earliest, sample = first_above(state.ladder, peak.value - options.errors * error) or newest
+    stopped_at, _ = _first_as_good(state, 1.0)
+    earliest, _ = _first_as_good(state, options.errors)
     return PlateauConclusion(
-        is_stopped=state.level.num_samples - sample >= options.patience,
+        is_stopped=bool(state.is_stopped),
         stopped_at=min(stopped_at, peak.step),
         earliest=min(earliest, peak.step),
         latest=peak.latest,
