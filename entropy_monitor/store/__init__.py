@@ -30,16 +30,9 @@ from entropy_monitor.store.heartbeat import (
     write_heartbeat,
 )
 from entropy_monitor.store.lock import WatcherLock
-from entropy_monitor.store.metrics import (
-    MetricsBlock,
-    MetricsLayout,
-    MetricsReader,
-    MetricsRow,
-    MetricsWriter,
-    read_cursor,
-    read_states,
-    read_tail,
-)
+from entropy_monitor.store.metrics import MetricsBlock, MetricsLayout, MetricsRow
+from entropy_monitor.store.metrics_reader import MetricsReader, read_cursor, read_states, read_tail
+from entropy_monitor.store.metrics_writer import MetricsWriter
 from entropy_monitor.store.objects import Objects
 from entropy_monitor.store.retention import Retention, trim_vanished_ranks
 from entropy_monitor.store.run import CorruptFrameWarning, Run, create_run, open_run, was_deleted

@@ -8,13 +8,14 @@ import numpy as np
 
 from entropy_monitor.catalog import METRICS
 from entropy_monitor.store import layout
-from entropy_monitor.store.metrics import MetricsBlock, MetricsReader
+from entropy_monitor.store.metrics_reader import MetricsReader
 from entropy_monitor.types import PHASES, REGIMES, STAGES
 
 if TYPE_CHECKING:
     import xarray as xr
     from numpy.typing import NDArray
 
+    from entropy_monitor.store.metrics import MetricsBlock
     from entropy_monitor.store.objects import Objects
 
 Attempt = int | Literal["latest", "all"]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from entropy_monitor.errors import CorruptMetricsError, StoreError
 from entropy_monitor.store import layout
 from entropy_monitor.store.frames import list_commits, list_ranks, list_segments
-from entropy_monitor.store.metrics import read_cursor
+from entropy_monitor.store.metrics_reader import read_cursor
 
 if TYPE_CHECKING:
     from entropy_monitor.store.objects import Objects
