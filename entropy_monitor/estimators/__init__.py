@@ -37,6 +37,7 @@ from entropy_monitor.estimators.soft_entropy import (
     soft_entropy,
     soft_entropy_estimate,
 )
+from entropy_monitor.estimators.spectrum import spectrum
 from entropy_monitor.estimators.standard_error import matrix_entropy_standard_error, patch_standard_error
 from entropy_monitor.estimators.weight_alignment import (
     gradient_alignment_from_parts,
@@ -82,5 +83,6 @@ __all__ = [
     "soft_entropy",
     "soft_entropy_estimate",
     "soft_temperature",
+    "spectrum",
     "weight_alignment_parts",
 ]

@@ -7,9 +7,38 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 
+from entropy_monitor.estimators.inputs import Array, as_samples, full_precision, prepare, small_gram
+
 if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
+
+
+def spectrum(z: Float[Array, "*batch n d"], normalize: bool = False, center: bool = False) -> Float[Tensor, "*batch s"]:
+    """Eigenvalues of ``A = z z^T / tr z z^T``, largest first: what every entropy of ``z`` is made of.
+
+    Source: arXiv 2505.08727. They sum to 1, have no unit, and are those of the second-moment matrix of the features as
+    well; ``s = min(n, d)``, the others are 0. Rounding may leave an eigenvalue of 0 at -1e-7. Differentiable.
+
+    Args:
+        z: tokens by features, ``[..., n, d]``.
+        normalize: divide each row by its norm, after centring.
+        center: subtract the mean row.
+
+    Returns:
+        ``[..., min(n, d)]``, fp64; NaN for a matrix that is zero or not finite.
+
+    Raises:
+        ValueError: ``z`` is no matrix of samples.
+
+    >>> import torch
+    >>> spectrum(torch.tensor([[2.0, 0.0, 0.0], [0.0, 1.0, 0.0]]))
+    tensor([0.8000, 0.2000], dtype=torch.float64)
+    """
+    z_ND = prepare(as_samples(z), normalize, center)
+    with full_precision(z_ND):
+        eigenvalues_S = eigenvalues(small_gram(z_ND)).flip(-1)
+    return eigenvalues_S / eigenvalues_S.sum(-1, keepdim=True)
 
 
 def eigenvalues(gram_SS: Float[Tensor, "*batch s s"]) -> Float[Tensor, "*batch s"]:
