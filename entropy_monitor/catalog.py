@@ -89,7 +89,7 @@ METRICS: tuple[Metric, ...] = (
         samples="tokens",
         source=_SOFT,
         description="Entropy of activation directions, softly assigned to 100 fixed random reference directions; at "
-        "most ln 100, corrected to second order for the finite sample.",
+        "most ln 100 but for noise, corrected to second order for the finite sample.",
     ),
     *(_information(about, length) for about in ("input", "output") for length in (1, 2, 3)),
     Metric(

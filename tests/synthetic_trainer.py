@@ -93,7 +93,7 @@ class SyntheticTrainer:
         launch: str | None = None,
     ) -> None:
         self.run: Run = create_run(path)
-        self.world_size, self.layout = world_size, frame_layout(layers)
+        self.world_size, self.layout = world_size, frame_layout(layers, token_window=6)
         record = {"world_size": world_size, "layers": list(layers), "total_steps": total_steps, "launch_id": launch}
         self.attempt = claim_attempt(self.run.objects, record)
         ranks = range(world_size)

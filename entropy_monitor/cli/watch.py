@@ -35,7 +35,7 @@ def watch(
     once: Annotated[bool, typer.Option("--once", help="Measure what is committed now, and leave.")] = False,
     config: Annotated[Path | None, typer.Option(help="Configuration; ./monitor.toml if there is one.")] = None,
 ) -> None:
-    """Measure runs as they train; a restart continues exactly where it stood."""
+    """Measure runs as they train; a restart continues where it stood, and measures no frame twice."""
     loaded = load_config(watch={"control": control}, path=config)
     with interruptible() as stop_event, ThreadPoolExecutor(len(runs), "watch") as pool:
         pending = {pool.submit(_watch_one, run, stop_event, loaded, once=once) for run in runs}

@@ -150,7 +150,7 @@ def read_states(objects: Objects) -> dict[str, float]:
         Values by name; empty before the first row.
 
     Raises:
-        CorruptMetricsError: they cannot be read.
+        CorruptMetricsError: they cannot be read, or an older version has not written any.
     """
     for number in reversed(list_metrics_segments(objects)):
         num_rows = sum(len(block.scalars) for block in MetricsReader(objects, number, number + 1).read_new())
@@ -160,7 +160,7 @@ def read_states(objects: Objects) -> dict[str, float]:
             parity = (num_rows - 1) % STATES_KEPT
             try:
                 values = Array.open(objects, f"{key}/states").read(parity)
-            except CorruptFrameError as error:
+            except (CorruptFrameError, StoreError) as error:
                 raise CorruptMetricsError(str(error)) from error
             return dict(zip(names, values.tolist(), strict=False))
     return {}

@@ -108,7 +108,7 @@ class WatcherBeat:
 
 def _found(trends: Trends) -> dict[str, Any]:
     plateau = trends.plateau
-    known = plateau.stopped_at >= 0
+    known = plateau.is_stopped
     return {
         "regime": trends.regime,
         "stage": trends.plane.stage,

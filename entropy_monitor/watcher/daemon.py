@@ -53,42 +53,62 @@ def watch(
     """
     options = options or WatchOptions()
     num_rows = 0
-    with WatcherLock(run.objects), WatcherBeat(run.objects, options.control) as beat:
+    # What was recorded is read before the first heartbeat, which would otherwise hide it when it cannot be.
+    with WatcherLock(run.objects):
         table, events, channel = MetricsWriter(run.objects), EventLog(run.objects), ControlChannel(run)
         judge, window = Judge(run, options.control, channel, gapt or {}), InformationWindow()
-        tail, states = read_tail(run.objects, REMEMBERED_STEPS), read_states(run.objects)
+        tail = read_tail(run.objects, REMEMBERED_STEPS)
+        faults = _resume(judge, window, run, table.cursor)
+        with WatcherBeat(run.objects, options.control) as beat:
+            beat.fault(faults)
+            if tail:
+                beat.reached(judge.last_step, table.cursor, judge.trends)
+            for joined in watch_frames(
+                run,
+                stop_event,
+                cursor=table.cursor,
+                done=_sources(tail),
+                join_timeout_s=options.join_timeout_s,
+                once=once,
+            ):
+                measured = _measure(joined)
+                informed = window.advance(joined.frames, measured.assignments)
+                measurements = (*measured.measurements, *informed.measurements)
+                verdict = judge.judge(joined, measurements, window.extent)
+                for event in verdict.events:
+                    events.append(event)
+                for decision in verdict.decisions:
+                    if decision.kind == "transition":
+                        transition = decision.transition
+                        weight = judge.gate.options.weight
+                        channel.command(joined.attempt, transition.step, transition.phase, weight, transition.reason)
+                # The row comes last: killed before it, a restarted watcher finds event and command done.
+                num_ranks = max(judge.world_size, 1 + max(joined.source))
+                layout = table_layout(judge.layers(joined, measurements), verdict.scalars, verdict.states, num_ranks)
+                table.append(layout, metrics_row(joined, measurements, verdict.scalars, verdict.states, layout))
+                num_rows += 1
+                beat.fault({**joined.faults, **measured.faults, **informed.faults})
+                beat.control("suspended" if options.control == "auto" and channel.is_suspended else options.control)
+                beat.lag(time.time() - verdict.scalars["wall_time_s"])
+                beat.reached(judge.last_step, table.cursor, verdict.trends)
+    return num_rows
+
+
+def _resume(judge: Judge, window: InformationWindow, run: Run, cursor: Mapping[int, int]) -> dict[str, int]:
+    """Continue where the watcher before stood; without its states the detectors begin afresh, and nothing else is lost.
+
+    Returns:
+        Faults.
+    """
+    try:
+        states = read_states(run.objects)
         if states:
             judge.resume(states)
-            refill(window, run, judge.known.attempt, table.cursor)
-            beat.reached(judge.last_step, table.cursor, judge.trends)
-        for joined in watch_frames(
-            run,
-            stop_event,
-            cursor=table.cursor,
-            done=_sources(tail),
-            join_timeout_s=options.join_timeout_s,
-            once=once,
-        ):
-            measured = _measure(joined)
-            measurements = (*measured.measurements, *window.advance(joined.frames, measured.assignments))
-            verdict = judge.judge(joined, measurements, window.extent)
-            for event in verdict.events:
-                events.append(event)
-            for decision in verdict.decisions:
-                if decision.kind == "transition":
-                    transition = decision.transition
-                    weight = judge.gate.options.weight
-                    channel.command(joined.attempt, transition.step, transition.phase, weight, transition.reason)
-            # The row comes last: killed before it, a restarted watcher finds event and command done, repeating none.
-            num_ranks = max(judge.world_size, 1 + max(joined.source))
-            layout = table_layout(judge.layers(joined, measurements), verdict.scalars, verdict.states, num_ranks)
-            table.append(layout, metrics_row(joined, measurements, verdict.scalars, verdict.states, layout))
-            num_rows += 1
-            beat.fault({**joined.faults, **measured.faults})
-            beat.control("suspended" if options.control == "auto" and channel.is_suspended else options.control)
-            beat.lag(time.time() - verdict.scalars["wall_time_s"])
-            beat.reached(judge.last_step, table.cursor, verdict.trends)
-    return num_rows
+    except ValueError as error:  # damaged, or written by another version
+        logger.warning("expected the states of the newest row; the detectors begin afresh: %s", error)
+        return {"states_lost": 1}
+    refill(window, run, judge.known.attempt, cursor)
+    return {}
 
 
 def _measure(joined: JoinedStep) -> FrameMeasurements:

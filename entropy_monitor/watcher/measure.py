@@ -17,8 +17,8 @@ from entropy_monitor.estimators import (
     patch_standard_error,
 )
 from entropy_monitor.types import NUM_JACKKNIFE_GROUPS, PATCH_LENGTH, Measurement
-from entropy_monitor.watcher.pool import as_tensor, check_frames, pool_frames
-from entropy_monitor.watcher.soft import Assignments, assign
+from entropy_monitor.watcher.pool import as_tensor, check_frames, is_finite, pool_frames
+from entropy_monitor.watcher.soft import Assignments, assign, determined_patches
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -41,7 +41,8 @@ class FrameMeasurements:
     """For each layer every metric that one step tells, NaN where undetermined."""
     faults: Mapping[str, int]
     """Layers by kind: ``non_finite`` activations, ``non_finite_gradient``, ``zero_patch`` (an all-zero patch),
-    ``too_few_patches`` (fewer than two); and layers and ranks whose valid weight-space sums gave no cosine,
+    ``too_few_patches`` (fewer than two), ``no_direction`` (zero tokens, whose patches are left out of soft entropy and
+    information); and layers and ranks whose valid weight-space sums gave no cosine,
     ``alignment_undetermined``."""
     assignments: tuple[Assignments, ...] = ()
     """Soft assignments of the sampled tokens, from which `window` computes information."""
@@ -97,7 +98,7 @@ def measure_frames(frames: Sequence[Frame]) -> FrameMeasurements:
         assigned = assign(pooled)
         if assigned is not None:
             assignments.append(assigned)
-        for figure in (*_figures(pooled, faults), *_soft_entropy(assigned)):
+        for figure in (*_figures(pooled, faults), *_soft_entropy(assigned, faults)):
             for index, layer in enumerate(pooled.layers):
                 value, std_error = figure.value_L[index].item(), figure.std_error_L[index].item()
                 error = std_error if math.isfinite(value) else math.nan
@@ -128,13 +129,6 @@ def measure_frames(frames: Sequence[Frame]) -> FrameMeasurements:
     )
 
 
-def _finite(z_LND: Tensor) -> Tensor:
-    # The largest entry passes NaN on, and costs a fraction of isfinite over all of them. An empty sample is in order.
-    if not z_LND.shape[1]:
-        return torch.ones(z_LND.shape[0], dtype=torch.bool)
-    return z_LND.abs().amax((1, 2)).isfinite()
-
-
 def _figures(pooled: Pooled, faults: Counter[str]) -> Iterator[_Figure]:
     """Estimate everything that streamed tokens can tell, batched over the layers.
 
@@ -143,14 +137,14 @@ def _figures(pooled: Pooled, faults: Counter[str]) -> Iterator[_Figure]:
     """
     z_LND, g_LND = pooled.z_LND, pooled.g_LND
     num_tokens, num_patches = z_LND.shape[1], z_LND.shape[1] // PATCH_LENGTH
-    finite_L = _finite(z_LND)
+    finite_L = is_finite(z_LND)
     faults["non_finite"] += int((~finite_L).sum())
     if num_patches < 2:
         faults["too_few_patches"] += len(pooled.layers)
     if not num_patches:
         return
     if g_LND is not None:
-        faults["non_finite_gradient"] += int((~_finite(g_LND)).sum())
+        faults["non_finite_gradient"] += int((~is_finite(g_LND)).sum())
     subsample_B = _subsample(z_LND)
     estimates = layer_estimates(z_LND, g_LND, PATCH_LENGTH, NUM_JACKKNIFE_GROUPS, subsample_B)
     faults["zero_patch"] += int((estimates.raw.isnan().any(-1) & finite_L).sum())
@@ -172,17 +166,24 @@ def _figures(pooled: Pooled, faults: Counter[str]) -> Iterator[_Figure]:
         yield _Figure("alignment_activation", *estimates.alignment, num_patches)
 
 
-def _soft_entropy(assigned: Assignments | None) -> Iterator[_Figure]:
-    """Estimate soft entropy of the step's own tokens.
+def _soft_entropy(assigned: Assignments | None, faults: Counter[str]) -> Iterator[_Figure]:
+    """Estimate soft entropy of the step's own tokens, without patches that are undetermined in a layer.
 
     Yields:
-        One figure; none without tokens.
+        One figure; none where no patch is left.
     """
-    if assigned is not None:
-        num_tokens = len(assigned.p_NLM)
-        estimate = entropy_of_assignments(assigned.p_NLM.transpose(0, 1), PATCH_LENGTH)
-        value_L = estimate.value if num_tokens > PATCH_LENGTH else estimate.plug_in
-        yield _Figure("soft_entropy", value_L, estimate.std_error, num_tokens)
+    if assigned is None:
+        return
+    determined_LB = determined_patches(assigned.p_NLM)
+    some_L, all_L = determined_LB.any(-1), determined_LB.all(-1)
+    faults["no_direction"] += int((some_L & ~all_L).sum())
+    kept_B = determined_LB[some_L].all(0) & determined_LB.any()
+    if not kept_B.any():
+        return
+    p_NLM = assigned.p_NLM if bool(kept_B.all()) else assigned.p_NLM[kept_B.repeat_interleave(PATCH_LENGTH)]
+    estimate = entropy_of_assignments(p_NLM.transpose(0, 1), PATCH_LENGTH)
+    value_L = estimate.value if int(kept_B.sum()) > 1 else estimate.plug_in
+    yield _Figure("soft_entropy", value_L, estimate.std_error, len(p_NLM))
 
 
 def _subsample(z_LND: Tensor) -> Tensor | None:

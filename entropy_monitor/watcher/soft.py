@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from entropy_monitor.estimators import soft_assign
 from entropy_monitor.types import PATCH_LENGTH, TOKEN_OFFSETS
+from entropy_monitor.watcher.pool import Pooled, is_finite
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -15,7 +17,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from entropy_monitor.types import Frame
-    from entropy_monitor.watcher.pool import Pooled
 
 
 class Assignments(NamedTuple):
@@ -36,17 +37,29 @@ def assign(pooled: Pooled) -> Assignments | None:
     """Assign the pooled tokens of few layers.
 
     Returns:
-        The assignments; None without tokens.
+        The assignments, NaN for tokens of norm 0 and throughout a layer that is not finite; None without tokens.
     """
     if not pooled.z_LND.shape[1]:
         return None
+    p_LNM = soft_assign(pooled.z_LND)
+    p_LNM[~is_finite(pooled.z_LND)] = math.nan
     return Assignments(
         layers=pooled.layers,
-        p_NLM=soft_assign(pooled.z_LND).transpose(0, 1).contiguous(),
+        p_NLM=p_LNM.transpose(0, 1).contiguous(),
         ranks=tuple(frame.rank for frame in pooled.frames),
         num_tokens=tuple(frame.num_patches * PATCH_LENGTH for frame in pooled.frames),
         tokens_NW=_tokens(pooled.frames, pooled.z_LND.shape[1]),
     )
+
+
+def determined_patches(p_NLM: Tensor) -> Tensor:
+    """Tell which patches have a direction at each of their tokens: none that is zero or not finite.
+
+    Returns:
+        ``[L, B]``.
+    """
+    determined_NL = ~p_NLM[:, :, 0].isnan()
+    return determined_NL.unflatten(0, (-1, PATCH_LENGTH)).all(1).T
 
 
 def join_layers(assignments: Sequence[Assignments]) -> list[Assignments]:

@@ -84,7 +84,7 @@ class Trends(NamedTuple):
             Signs are -1, 0 (undetermined) and 1; stages their codes; a period is NaN unless a cycle is claimed, a step
             unless it is known.
         """
-        nan = math.nan
+        nan, stopped = math.nan, self.plateau.is_stopped
         return {
             "regime": REGIMES.index(self.regime),
             "alignment_weight_sign": self.weight_sign.sign,
@@ -102,9 +102,9 @@ class Trends(NamedTuple):
             "optimality_stopped": self.plateau.is_stopped,
             "optimality_best": self.plateau.best,
             "optimality_best_se": self.plateau.best_error,
-            "optimality_stopped_at": _known(self.plateau.stopped_at),
-            "optimality_stopped_earliest": _known(self.plateau.earliest),
-            "optimality_stopped_latest": _known(self.plateau.latest),
+            "optimality_stopped_at": _known(self.plateau.stopped_at if stopped else -1),
+            "optimality_stopped_earliest": _known(self.plateau.earliest if stopped else -1),
+            "optimality_stopped_latest": _known(self.plateau.latest if stopped else -1),
         }
 
 

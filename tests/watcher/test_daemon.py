@@ -32,7 +32,7 @@ from entropy_monitor.store import (
     read_status,
 )
 from entropy_monitor.types import Acknowledgement
-from entropy_monitor.watcher import watch
+from entropy_monitor.watcher import watch, window
 from entropy_monitor.watcher.measure import measure_frames
 
 from ..synthetic_trainer import SyntheticTrainer, flip_byte
@@ -208,6 +208,51 @@ def test_a_late_rank_corrects_its_rows_also_after_several_restarts(tmp_path: Pat
     assert [row["source"] for row in all_rows(late.run)][4:] == [[step, step] for step in range(4)]
     assert read_status(late.run).last_measured_step == 3
     assert read_states(late.run.objects)["regime_num_samples"] == 4  # a correction moves no state
+
+
+def test_information_is_recorded_with_its_window_and_goes_on_after_a_restart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Windows of four frames of 32 tokens, here; a restart refills them from the frames that are still there."""
+    monkeypatch.setattr(window, "MIN_TOKENS", 128)
+    trainer, undisturbed = (SyntheticTrainer(tmp_path / name) for name in ("restarted", "undisturbed"))
+    for steps in (range(6), range(6, 9)):
+        trainer.commit_all(steps)
+        undisturbed.commit_all(steps)
+        drain(trainer.run)
+    drain(undisturbed.run)
+    found, expected = trainer.run.metrics(), undisturbed.run.metrics()
+    assert found["num_window_tokens"].values.tolist() == [0, 0, 0] + [128] * 6
+    assert found["window_first_step"].values[3:].tolist() == list(range(6))
+    for name in ("mi_input_1", "mi_output_3", "run_mi_input_2", "soft_entropy"):
+        determined = np.isfinite(expected[name].values)
+        assert determined.any()
+        assert (np.isfinite(found[name].values) == determined).all()
+    assert found["mi_input_1"].attrs["n"] == "see num_window_tokens"
+
+
+@pytest.mark.parametrize("damage", ["missing", "flipped", "another version"])
+def test_without_its_states_a_restarted_watcher_goes_on_with_fresh_detectors(tmp_path: Path, damage: str) -> None:
+    trainer = SyntheticTrainer(tmp_path)
+    trainer.commit_all(range(4))
+    drain(trainer.run)
+    states = tmp_path / layout.metrics_key(0) / "states"
+    if damage == "missing":
+        shutil.rmtree(states)
+    elif damage == "flipped":
+        flip_byte(states / "c.1.0", 5)
+    else:
+        metadata = tmp_path / layout.metrics_key(0) / "zarr.json"
+        metadata.write_text(metadata.read_text().replace('"regime_last_step"', '"another_name"'))
+    trainer.commit_all(range(4, 6))
+    assert drain(trainer.run) == 2  # nothing is measured twice
+    assert trainer.run.metrics("all")["step"].values.tolist() == list(range(6))
+    assert read_status(trainer.run).faults["states_lost"] == 1
+    assert read_states(trainer.run.objects)["regime_num_samples"] == 2
+    trainer.commit(6)
+    drain(trainer.run)
+    assert "states_lost" not in read_status(trainer.run).faults
+    assert read_states(trainer.run.objects)["regime_num_samples"] == 3
 
 
 def test_a_late_frame_of_an_older_model_finds_its_layers(tmp_path: Path) -> None:

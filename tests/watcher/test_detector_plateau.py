@@ -104,7 +104,7 @@ def test_without_a_stated_error_it_is_learned():
 
 def test_the_advice_is_put_into_words():
     found = conclusions(20 * np.minimum(TIME / 600, 1) + window_noise(0))
-    assert describe_plateau(found[0]) == "optimality: undetermined, nothing measured yet"
+    assert describe_plateau(found[0]) == "optimality: undetermined, not measured"
     assert describe_plateau(found[500]).startswith("optimality may still improve: best ")
     end = found[-1]
     words = describe_plateau(end, "score")

@@ -248,7 +248,7 @@ def test_a_zero_patch_is_counted_and_leaves_the_whole_sample_measured():
     found, faults = table(single)
     assert math.isnan(found["a", "mbe"].value)
     assert math.isfinite(found["a", "s1"].value)
-    assert faults == {"zero_patch": 1}
+    assert faults == {"zero_patch": 1, "no_direction": 1}
 
 
 @pytest.mark.parametrize("num_patches", [0, 1])

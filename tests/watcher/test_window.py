@@ -47,8 +47,10 @@ def contents(step, rank=0, num_patches=PATCHES):
     return tokens, z + 0.3 * rng.standard_normal(z.shape).astype(np.float32)
 
 
-def frame(step, rank=0, attempt=1, **changes):
-    tokens, z = contents(step, rank, changes.pop("num_patches", PATCHES))
+def frame(content, rank=0, attempt=1, **changes):
+    """A frame; of another step than its content's number if `step` says so."""
+    step = changes.pop("step", content)
+    tokens, z = contents(content, rank, changes.pop("num_patches", PATCHES))
     fields = {
         "run_id": "run",
         "attempt": attempt,
@@ -64,8 +66,12 @@ def frame(step, rank=0, attempt=1, **changes):
     return Frame(**{**fields, **changes})
 
 
-def advance(window, *frames):
+def told(window, *frames):
     return window.advance(frames, measure_frames(frames).assignments)
+
+
+def advance(window, *frames):
+    return list(told(window, *frames).measurements)
 
 
 def by_metric(measurements):
@@ -122,7 +128,7 @@ def test_it_holds_the_newest_tokens_and_no_old_ones(counts):
         single = frame(step, num_patches=num_patches)
         window.add([single], measure_frames([single]).assignments)
         taken += [step] * (8 * num_patches)
-        ring = window.rings["a", "b"]
+        (ring,) = window.rings
         held = sorted(ring.step_N[: ring.num_tokens].tolist())
         most = 8 * max(counts[: step + 1])
         assert set(held) >= set(taken[-min(len(taken), least) :]) or len(held) >= least
@@ -143,15 +149,72 @@ def test_a_late_rank_adds_its_own_tokens_once():
     assert advance(window, *both[1]) == []
 
 
-def test_a_step_that_is_not_finite_is_left_out_and_undetermined():
+def test_a_layer_that_is_not_finite_is_undetermined_alone_until_the_step_has_left_the_window():
     window = InformationWindow()
     for step in range(4):
         advance(window, frame(step))
     bad = frame(4)
     bad.groups[0].activations[1, 3, 2] = math.nan
-    assert advance(window, bad) == []
-    assert window.extent.first_step == 0
-    assert all(math.isfinite(m.value) for m in advance(window, frame(5)) if m.metric == "mi_input_1")
+    for step in range(4, 8):
+        result = told(window, bad if step == 4 else frame(step))
+        assert {m.layer for m in result.measurements} == {"a"}
+        assert result.faults == {"layers_vary": 1}
+    assert {m.layer for m in advance(window, frame(8))} == {"a", "b"}
+
+
+def test_patches_with_a_token_of_no_direction_are_left_out():
+    window = InformationWindow()
+    for step in range(5):
+        masked = frame(step)
+        masked.groups[0].activations[0, 8 * step + 3] = 0.0  # a padded position
+        measured = measure_frames([masked])
+        assert measured.faults == {"no_direction": 1}
+        soft = {m.layer: m for m in measured.measurements if m.metric == "soft_entropy"}
+        assert math.isfinite(soft["a"].value)
+        assert soft["a"].num_samples == ROWS - 8
+        found = window.advance([masked], measured.assignments)
+        assert window.rings[0].num_tokens == min(5, step + 1) * (ROWS - 8)
+    assert {m.layer for m in found.measurements} == {"a", "b"}
+    assert all(math.isfinite(m.value) for m in found.measurements if m.metric == "mi_input_1")
+
+
+def test_a_model_that_skips_layers_is_undetermined_there_and_takes_no_more_memory():
+    window = InformationWindow()
+    for step in range(12):
+        single = frame(step)
+        z = single.groups[0].activations
+        if step % 3 == 1:
+            single = replace(single, groups=(LayerGroup(("a",), z[:1], None),))
+        result = told(window, single)
+    assert len(window.rings) == 1
+    assert window.rings[0].layers == ["a", "b"]
+    assert {m.layer for m in result.measurements} == {"a"}
+    assert result.faults == {"layers_vary": 1}
+
+
+def test_a_layer_that_appears_later_joins_the_window():
+    window = InformationWindow()
+    for step in range(9):
+        single = frame(step)
+        if not step:
+            single = replace(single, groups=(LayerGroup(("b",), single.groups[0].activations[1:], None),))
+        result = told(window, single)
+    assert {m.layer for m in result.measurements} == {"a", "b"}
+    figures, through = by_metric(result.measurements), InformationWindow()
+    for step in range(9):
+        expected = by_metric(advance(through, frame(step)))
+    for key, figure in expected.items():
+        assert figures[key] == pytest.approx(figure, abs=1e-6, nan_ok=True), key
+
+
+def test_text_that_comes_again_and_again_is_no_sample():
+    """A fixed probe batch, or a tiny data set: copies of the same tokens would feign information and its certainty."""
+    window = InformationWindow()
+    for step in range(6):
+        result = told(window, frame(0, step=step))
+    assert window.rings[0].num_tokens == 4 * ROWS
+    assert result.measurements == ()
+    assert result.faults == {"repeated_tokens": 2}
 
 
 def test_a_new_attempt_empties_it():
@@ -175,8 +238,8 @@ def test_patches_whose_next_tokens_are_unknown_are_left_out_and_starts_are_kept(
     tokens[:8, :2] = -1  # a sequence begins here
     tokens[8:16, 5] = -1  # and one ends here
     advance(window, frame(0, token_windows=tokens))
-    assert window.rings["a", "b"].num_tokens == ROWS - 8
-    assert (window.rings["a", "b"].tokens_NW[:8, :2] == -1).all()
+    assert window.rings[0].num_tokens == ROWS - 8
+    assert (window.rings[0].tokens_NW[:8, :2] == -1).all()
 
 
 def test_layers_of_other_widths_share_the_window():
@@ -224,4 +287,4 @@ def test_it_is_filled_again_from_the_frames_that_are_still_there(tmp_path: Path)
         assert found[key] == pytest.approx((value, error), abs=0.02), key
     other = InformationWindow()
     refill(other, run, attempt + 1, {0: seq})
-    assert other.rings == {}
+    assert other.rings == []

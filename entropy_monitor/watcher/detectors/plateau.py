@@ -122,7 +122,7 @@ def describe_plateau(found: PlateauConclusion, figure: str = "optimality") -> st
         One line.
     """
     if found.stopped_at < 0:
-        return f"{figure}: undetermined, nothing measured yet"
+        return f"{figure}: undetermined, not measured"
     if not found.is_stopped:
         return f"{figure} may still improve: best {found.best:.4g} at step {found.best_step}"
     return (
