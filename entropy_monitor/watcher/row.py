@@ -29,6 +29,8 @@ class RunFigure(NamedTuple):
 
     value: float = math.nan
     std_error: float = math.nan
+    num_layers: int = 0
+    """Layers that were determined."""
 
 
 def run_figures(measurements: Sequence[Measurement], layers: Sequence[str] | None = None) -> dict[str, RunFigure]:
@@ -54,6 +56,7 @@ def run_figures(measurements: Sequence[Measurement], layers: Sequence[str] | Non
         figures[metric] = RunFigure(
             sum(m.value * weight for m, weight in zip(group, weights, strict=True)) / total,
             sum(error * weight for error, weight in zip(errors, weights, strict=True)) / total,
+            len(group),
         )
     return figures
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 _UNKNOWN = RunFigure()
+_LARGEST = 1e100
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +43,9 @@ class TrendState:
     cycle: PeriodState = field(default_factory=PeriodState)
     plane: PlaneState = field(default_factory=PlaneState)
     plateau: PlateauState = field(default_factory=PlateauState)
+    weight_layers: int = 0
+    """Most layers of which the weight-space alignment was ever determined at once."""
+    activation_layers: int = 0
 
     def to_row(self) -> dict[str, float]:
         """Give columns for a table of float64.
@@ -123,7 +127,7 @@ def update_trends(
         The new state, and what is concluded.
     """
     mbe, weight, activation, inputs, outputs, optimality = (
-        figures.get(metric, _UNKNOWN)
+        _usable(figures.get(metric, _UNKNOWN))
         for metric in (
             "mbe_normalized",
             "alignment_weight",
@@ -135,12 +139,22 @@ def update_trends(
     )
     plane_options = PlaneOptions(correlation_samples=window_samples, min_samples=max(3, 2 * window_samples))
     plateau_options = PlateauOptions(correlation_samples=window_samples, patience=8 * window_samples)
-    regime_state, regime = update_regime(state.regime, step, *mbe, RegimeOptions())
-    weight_state, weight_sign = update_sign(state.weight_sign, step, *weight, SignOptions())
-    activation_state, activation_sign = update_sign(state.activation_sign, step, *activation, SignOptions())
+    weight_layers = max(state.weight_layers, weight.num_layers)
+    activation_layers = max(state.activation_layers, activation.num_layers)
+    # While a phase is steered some layers are undetermined, and the mean of the others is another series.
+    weight = weight if weight.num_layers == weight_layers else _UNKNOWN
+    activation = activation if activation.num_layers == activation_layers else _UNKNOWN
+    regime_state, regime = update_regime(state.regime, step, mbe.value, mbe.std_error, RegimeOptions())
+    weight_state, weight_sign = update_sign(state.weight_sign, step, weight.value, weight.std_error, SignOptions())
+    activation_state, activation_sign = update_sign(
+        state.activation_sign, step, activation.value, activation.std_error, SignOptions()
+    )
     cycle_state, cycle = update_period(state.cycle, step, weight.value, PeriodOptions())
-    plane_state, plane = update_plane(state.plane, step, PlanePoint(*inputs, *outputs), plane_options)
-    plateau_state, plateau = update_plateau(state.plateau, step, *optimality, plateau_options)
+    point = PlanePoint(inputs.value, inputs.std_error, outputs.value, outputs.std_error)
+    plane_state, plane = update_plane(state.plane, step, point, plane_options)
+    plateau_state, plateau = update_plateau(
+        state.plateau, step, optimality.value, optimality.std_error, plateau_options
+    )
     new = TrendState(
         regime=regime_state,
         weight_sign=weight_state,
@@ -148,8 +162,19 @@ def update_trends(
         cycle=cycle_state,
         plane=plane_state,
         plateau=plateau_state,
+        weight_layers=weight_layers,
+        activation_layers=activation_layers,
     )
     return new, Trends(regime, weight_sign, activation_sign, cycle, plane, plateau)
+
+
+def _usable(figure: RunFigure) -> RunFigure:
+    """Leave out what only a damaged frame can hold: its square would end the watcher.
+
+    Returns:
+        The figure, or an unknown one.
+    """
+    return figure if abs(figure.value) < _LARGEST else _UNKNOWN
 
 
 def _known(step: int) -> float:

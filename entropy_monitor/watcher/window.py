@@ -13,6 +13,7 @@ from entropy_monitor.catalog import METRICS
 from entropy_monitor.estimators import backoff_labels, information_plane
 from entropy_monitor.types import PATCH_LENGTH, TOKEN_OFFSETS, Measurement
 from entropy_monitor.watcher.soft import determined_patches, join_layers
+from entropy_monitor.watcher.steady_bias import SteadyBias
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -66,6 +67,7 @@ class _Ring:
     """Tokens held."""
     newest: slice = field(default_factory=lambda: slice(0, 0))
     """Where the tokens of the last call are."""
+    bias: SteadyBias = field(default_factory=SteadyBias)
     seen: deque[tuple[int, int]] = field(default_factory=lambda: deque(maxlen=_REMEMBERED))
     """Steps and ranks whose tokens were taken last, so that a correction adds the late rank's alone."""
 
@@ -200,7 +202,7 @@ def _measure(ring: _Ring, sound_L: Tensor, frame: Frame) -> Iterator[Measurement
         influence=ring.newest,
     )
     layers = [layer for layer, sound in zip(ring.layers, sound_L.tolist(), strict=True) if sound]
-    for metric, value_L, std_error_L in _figures(plane):
+    for metric, value_L, std_error_L in _figures(ring.bias.apply(plane, layers)):
         for layer, value, std_error in zip(layers, value_L.tolist(), std_error_L.tolist(), strict=True):
             yield Measurement(
                 run_id=frame.run_id,

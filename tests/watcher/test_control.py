@@ -217,16 +217,18 @@ def test_the_controllers_commands_carry_the_runs_key(tmp_path: Path, monkeypatch
 
 def test_the_mean_over_layers_leaves_out_what_is_unknown() -> None:
     figures = [measured("a", 1.0), measured("b", 3.0, None), measured("c", math.nan), measured("a", 9.0, metric="mbe")]
-    assert run_figures(figures, ("a",)) == {"mbe_normalized": (1.0, 0.1), "mbe": (9.0, 0.1)}
-    value, error = run_figures(figures)["mbe_normalized"]
-    assert value == 2.0
+    assert run_figures(figures, ("a",)) == {"mbe_normalized": (1.0, 0.1, 1), "mbe": (9.0, 0.1, 1)}
+    value, error, num_layers = run_figures(figures)["mbe_normalized"]
+    assert (value, num_layers) == (2.0, 2)
     assert math.isnan(error)
     assert run_figures(figures, ("z",)) == {}
 
 
 def test_the_mean_over_layers_is_weighted_by_tokens() -> None:
     figures = [measured("a", 1.0, 0.2), replace(measured("b", 4.0, 0.5), num_samples=12)]
-    assert run_figures(figures)["mbe_normalized"] == pytest.approx(((4 * 1 + 12 * 4) / 16, (4 * 0.2 + 12 * 0.5) / 16))
+    assert run_figures(figures)["mbe_normalized"] == pytest.approx(
+        ((4 * 1 + 12 * 4) / 16, (4 * 0.2 + 12 * 0.5) / 16, 2)
+    )
 
 
 def test_a_row_holds_what_was_measured_and_nan_elsewhere() -> None:

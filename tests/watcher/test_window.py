@@ -74,6 +74,13 @@ def advance(window, *frames):
     return list(told(window, *frames).measurements)
 
 
+def held(window):
+    """The tokens of a window and how they are assigned, whatever their order."""
+    (ring,) = window.rings
+    rows = zip(ring.step_N.tolist(), ring.tokens_NW.tolist(), ring.p_NLM.tolist(), strict=True)
+    return sorted(list(rows)[: ring.num_tokens])
+
+
 def by_metric(measurements):
     return {(m.layer, m.metric): (m.value, m.std_error) for m in measurements}
 
@@ -200,11 +207,11 @@ def test_a_layer_that_appears_later_joins_the_window():
             single = replace(single, groups=(LayerGroup(("b",), single.groups[0].activations[1:], None),))
         result = told(window, single)
     assert {m.layer for m in result.measurements} == {"a", "b"}
-    figures, through = by_metric(result.measurements), InformationWindow()
+    through = InformationWindow()
     for step in range(9):
-        expected = by_metric(advance(through, frame(step)))
-    for key, figure in expected.items():
-        assert figures[key] == pytest.approx(figure, abs=1e-6, nan_ok=True), key
+        advance(through, frame(step))
+    order = [window.rings[0].layers.index(layer) for layer in through.rings[0].layers]
+    assert torch.equal(window.rings[0].p_NLM[: 4 * ROWS][:, order], through.rings[0].p_NLM[: 4 * ROWS])
 
 
 def test_text_that_comes_again_and_again_is_no_sample():
@@ -283,8 +290,22 @@ def test_it_is_filled_again_from_the_frames_that_are_still_there(tmp_path: Path)
     assert read_cursor(run.objects) == {}
     assert restarted.extent.num_tokens == through.extent.num_tokens
     expected, found = by_metric(advance(through, frame(8))), by_metric(advance(restarted, frame(8)))
-    for key, (value, error) in expected.items():
-        assert found[key] == pytest.approx((value, error), abs=0.02), key
+    assert held(restarted) == held(through)
+    for key, (value, error) in expected.items():  # of the same tokens: only what the bias is learned from differs
+        assert found[key] == pytest.approx((value, error), abs=3 * error), key
     other = InformationWindow()
     refill(other, run, attempt + 1, {0: seq})
     assert other.rings == []
+
+
+def test_the_learned_bias_is_steady_from_window_to_window():
+    """Values move from one window to the next by no more than their tokens make them, as the plug-in does."""
+    window, values, plug_ins = InformationWindow(), [], []
+    for step in range(60):
+        found = by_metric(advance(window, frame(step)))
+        if step >= 20:
+            ring = window.rings[0]
+            bias = ring.bias.known["output", 2, "b"][0]
+            values.append(found["b", "mi_output_3"][0])
+            plug_ins.append(values[-1] + bias)
+    assert np.diff(values).std() < 1.3 * np.diff(plug_ins).std()

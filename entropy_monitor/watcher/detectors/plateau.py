@@ -127,7 +127,8 @@ def describe_plateau(found: PlateauConclusion, figure: str = "optimality") -> st
         return f"{figure} may still improve: best {found.best:.4g} at step {found.best_step}"
     return (
         f"{figure} stopped improving at step {found.stopped_at}: steps {found.earliest} to {found.latest} are as good "
-        f"as its best, {found.best:.4g}, within its error; consider stopping, or keep a checkpoint from there"
+        f"as its best, {found.best:.4g} +- {found.best_error:.2g}, within its error; a slower rise than that error in "
+        "eight windows is not seen; consider stopping, or keep a checkpoint from there"
     )
 
 

@@ -18,7 +18,7 @@ class Whitening:
     mean: float = math.nan
     """EMA of the value."""
     deviation: float = 0.0
-    """Last value less the mean before it; 0 after a missing one."""
+    """Last value less the mean before it; NaN after a missing one."""
     variance: float = 0.0
     """Smoothed square of ``deviation``."""
     covariance: float = 0.0
@@ -43,7 +43,11 @@ def whiten(whitening: Whitening, value: float, noise_samples: int) -> tuple[Whit
     # Plain means at first: an EMA would keep the first samples' noise for long.
     weight = max(1 / noise_samples, 1 / (count - 1))
     variance = whitening.variance + weight * (deviation**2 - whitening.variance)
-    covariance = whitening.covariance + weight * (deviation * whitening.deviation - whitening.covariance)
+    if math.isnan(whitening.deviation):
+        # Nothing is learned of the correlation: a 0 in the gap's place would make red noise look white.
+        covariance = whitening.covariance * (variance / whitening.variance) if whitening.variance else 0.0
+    else:
+        covariance = whitening.covariance + weight * (deviation * whitening.deviation - whitening.covariance)
     fitted = replace(
         whitening,
         num_values=count,
@@ -53,20 +57,23 @@ def whiten(whitening: Whitening, value: float, noise_samples: int) -> tuple[Whit
         covariance=covariance,
     )
     correlation = ar1_coefficient(fitted, noise_samples)
+    before = whitening.deviation
+    if math.isnan(before):
+        correlation, before = 0.0, 0.0  # nothing to forecast the value from
     spread = math.sqrt(variance * (1 - correlation**2))
     if spread == 0:
         return fitted, 0.0
-    innovation = (deviation - correlation * whitening.deviation) / spread
+    innovation = (deviation - correlation * before) / spread
     return fitted, min(max(innovation, -_CLIP), _CLIP)
 
 
 def skip(whitening: Whitening) -> Whitening:
-    """Pass over a missing value, as if it were the mean.
+    """Pass over a missing value: the next one has nothing to be forecast from.
 
     Returns:
         The new state.
     """
-    return replace(whitening, deviation=0.0)
+    return replace(whitening, deviation=math.nan)
 
 
 def ar1_coefficient(whitening: Whitening, noise_samples: int) -> float:
