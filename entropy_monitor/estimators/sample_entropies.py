@@ -84,7 +84,7 @@ def sample_entropies(
         center: see `matrix_entropy`.
 
     Returns:
-        `SampleEntropies`; NaN for a matrix that is non-finite or zero.
+        `SampleEntropies`; NaN for a matrix that is non-finite or zero, the error of S2 also for two blocks.
 
     Raises:
         ValueError: ``z`` is no matrix of samples or holds fewer than two blocks.
@@ -163,7 +163,10 @@ def _entropy_of_pairs(trace_pairs_B: Tensor, mass_pairs_B: Tensor) -> tuple[Tens
     """
     trace_pairs, mass_pairs = trace_pairs_B.sum(-1), mass_pairs_B.sum(-1)
     influence_B = 2 * (trace_pairs_B / trace_pairs[..., None] - mass_pairs_B / mass_pairs[..., None])
-    return trace_pairs.log() - mass_pairs.log(), influence_B.square().sum(-1).sqrt()
+    std_error = influence_B.square().sum(-1).sqrt()
+    if influence_B.shape[-1] < 3:  # one pair of blocks: both have the same share in it, and no spread can be seen
+        std_error = torch.full_like(std_error, torch.nan)
+    return trace_pairs.log() - mass_pairs.log(), std_error
 
 
 def _von_neumann(z_ND: Tensor, gram_SS: Tensor) -> tuple[Tensor, Tensor]:

@@ -112,3 +112,32 @@ def test_a_cycle_is_claimed_with_its_period_and_chance():
     (cycle,) = [event for event in events if event.kind == "cycle"]
     assert cycle.score < 0.01
     assert abs(trends.to_row()["cycle_period_steps"] - 1000) < 100
+
+
+def test_layers_that_are_blanked_for_a_while_do_not_turn_the_sign_of_the_mean():
+    """Four layers of constant alignment, mean -0.1; steering leaves the lower two undetermined in every second phase."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for index in range(1200):
+        layers = (-0.5, -0.2, 0.1, 0.2)
+        seen = layers[2:] if index // 200 % 2 else layers
+        value = float(np.mean(seen) + 0.05 * rng.standard_normal())
+        rows.append({"alignment_weight": RunFigure(value, 0.05, len(seen))})
+    _, _, events = fold(rows)
+    signs = {event.score for event in events if event.kind == "sign"}
+    assert -1.0 in signs
+    assert 1.0 not in signs
+    assert not [event for event in events if event.kind == "cycle"]
+
+
+def test_a_plateau_is_told_only_after_eight_windows():
+    flat = [{"optimality": RunFigure(0.5, 0.01)} for _ in range(60)]
+    told = {windows: fold(flat, window_samples=windows)[2] for windows in (4, 10)}
+    assert [event.kind for event in told[4]] == ["plateau"]
+    assert 32 * 10 <= told[4][0].step < 48 * 10
+    assert told[10] == []
+
+
+def test_a_figure_that_no_model_has_is_taken_as_missing():
+    rows = [{name: RunFigure(1e200, 0.1, 1) for name in FIGURES} for _ in range(80)]
+    assert fold(rows)[2] == []
