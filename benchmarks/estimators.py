@@ -19,7 +19,7 @@ import torch
 from _entropy_errors import accuracy, spectra
 from _timing import gemm_flops, interleaved_medians, peak_bytes
 
-from entropy_monitor.estimators import mutual_information
+from entropy_monitor.estimators import mutual_information, shuffled_information
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -154,8 +154,7 @@ def truth_table(num_tokens: int, verdicts: Verdicts) -> None:
         truth, noise = information.true_information(population)
         z_ND, labels_N = population.sample(num_tokens, seed=5)
         found = mutual_information(z_ND, labels_N, normalize=True)
-        shuffled_N = labels_N[torch.randperm(num_tokens, generator=torch.Generator().manual_seed(6))]
-        null = mutual_information(z_ND, shuffled_N, normalize=True)
+        null = shuffled_information(z_ND, labels_N, shuffle_seed=6, normalize=True)
         rows.append(
             (
                 f"{strength:g}",

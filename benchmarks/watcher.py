@@ -106,6 +106,8 @@ def live(shape: tuple[int, int, int], rate_hz: float, count: int, path: Path) ->
     watcher = subprocess.Popen(command, preexec_fn=lambda: os.sched_setaffinity(0, {cores[-1]}))
     trainer.start()
     trainer.join()
+    if trainer.exitcode:
+        watcher.terminate()
     watcher.wait()
     status = read_status(open_run(path))
     metrics = open_run(path).metrics()

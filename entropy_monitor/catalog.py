@@ -35,6 +35,8 @@ def _information(about: Literal["input", "output"], length: int) -> Metric:
     )
 
 
+RUN_PREFIX = "run_"
+"""Before the name of a metric: its mean over the layers."""
 METRICS: tuple[Metric, ...] = (
     Metric(
         name="mbe",

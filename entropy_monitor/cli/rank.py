@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from contextlib import redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -48,8 +49,10 @@ def rank(
         raise ConfigError(f"ranking needs {error.name}: pip install 'entropy-monitor[watch]'") from error
     options = RankOptions(max_tokens=max_tokens, block=block, batch=batch, bins=bins, device=_device(device))
     sample = read_text(text, max_tokens)
-    sources = [find_source(name) for name in models]
-    scores, alike = _score_all(sources, sample, layers, options)
+    # What models and factories print is none of the result.
+    with redirect_stdout(sys.stderr):
+        sources = [find_source(name) for name in models]
+        scores, alike = _score_all(sources, sample, layers, options)
     ranks = rank_scores(scores)
     if as_json:
         typer.echo(json.dumps(_without_nan(_summary(ranks, options, text, alike))))
@@ -63,7 +66,7 @@ def _device(name: str | None) -> str:
     if name is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.zeros(1, device=name)
+        torch.zeros(1, device=name).item()  # the meta device has tensors, but no numbers
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"expected a device that torch can use; found {name} ({reason}): cpu always works") from error
@@ -105,6 +108,7 @@ def _score(
 ) -> ModelScore:
     from entropy_hooks.taps import find_taps
     from entropy_monitor.ranking import score_model
+    from entropy_monitor.ranking.reason import reason
 
     taps = find_taps(model, layers)
     if layers is None and taps == dict(model.named_children()):
@@ -115,8 +119,7 @@ def _score(
     try:
         return score_model(name, model, taps, ids, options, advance)
     except RuntimeError as error:  # memory and device
-        reason = " ".join(str(error).split())
-        raise EntropyMonitorError(f"expected to measure {name}; {reason}: a smaller --batch may help") from error
+        raise EntropyMonitorError(f"expected to measure {name}; {reason(error)}: a smaller --batch may help") from error
 
 
 def _summary(ranks: list[Rank], options: RankOptions, text: Path, alike: bool) -> dict[str, Any]:
@@ -151,7 +154,7 @@ def _show(ranks: list[Rank], alike: bool) -> None:
         table.add_row(
             position,
             score.name,
-            f"{score.soft_entropy:.3f}",
+            _figure(score.soft_entropy),
             _orders(score.input_information),
             _orders(score.output_information),
             _figure(score.optimality),
@@ -161,14 +164,17 @@ def _show(ranks: list[Rank], alike: bool) -> None:
     # Rich takes 80 columns where there is no terminal; a pipe has no edge at which lines must be folded.
     console = Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH)
     console.print(table)
-    console.print("I in nats, about the 1/2/3 tokens up to here (X) and from the next (Y); means over blocks; ± SE")
+    console.print("I in nats, about the 1/2/3 tokens up to here (X) and from the next (Y); means over blocks")
+    console.print("± is one standard error; those of I are in --json")
     if not alike:
         console.print("The models read the text as different tokens: their information is about different things.")
 
 
 def _orders(estimates: tuple[Estimate, ...]) -> str:
-    return "/".join(f"{estimate.value:.3f}" for estimate in estimates)
+    if not any(estimate.is_known for estimate in estimates):
+        return "undetermined"
+    return "/".join(f"{estimate.value:.3f}" if estimate.is_known else "-" for estimate in estimates)
 
 
 def _figure(estimate: Estimate) -> str:
-    return "undetermined" if math.isnan(estimate.value) else f"{estimate.value:.3f} ± {estimate.std_error:.3f}"
+    return f"{estimate.value:.3f} ± {estimate.std_error:.3f}" if estimate.is_known else "undetermined"

@@ -58,19 +58,34 @@ def gradient_alignment(
     >>> round(float(gradient_alignment(z, -patch_matrix_entropy_gradient(z)).cosine), 5)
     -1.0
     """
-    z_ND, g_ND = as_samples(z), as_samples(g, "g")
+    z_ND = as_samples(z)
     check_num_groups(num_groups)
+    with torch.no_grad(), full_precision(z_ND):
+        z_BPD = split_patches(z_ND / largest_entry(z_ND, dim=(-2, -1)), patch)
+        g_BPD = split_patches(scaled_gradient(g, z_ND), patch)
+        return alignment_of_patches(
+            z_BPD @ z_BPD.mT, g_BPD @ z_BPD.mT, g_BPD.square().sum((-2, -1)), num_groups=num_groups
+        )
+
+
+def scaled_gradient(g: Array, z_ND: Float[Tensor, "*batch n d"]) -> Float[Tensor, "*batch n d"]:
+    """Scale the loss gradient at ``z`` to entries of at most 1, in the type of ``z``.
+
+    The cosine does not know its scale, and squares of fp16-scaled gradients would underflow; so would a small fp64
+    gradient, were it cast before it is scaled.
+
+    Returns:
+        The shape of ``z``.
+
+    Raises:
+        ValueError: ``g`` has another shape.
+    """
+    g_ND = as_samples(g, "g")
     if z_ND.shape != g_ND.shape:
         raise ValueError(
             f"g: expected the shape of z, {tuple(z_ND.shape)}; found {tuple(g_ND.shape)}: pass the loss gradient at z"
         )
-    with torch.no_grad(), full_precision(z_ND):
-        # The cosine knows neither scale, and squares of fp16-scaled gradients would underflow.
-        z_BPD = split_patches(z_ND / largest_entry(z_ND, dim=(-2, -1)), patch)
-        g_BPD = split_patches(g_ND / largest_entry(g_ND, dim=(-2, -1)), patch)
-        return alignment_of_patches(
-            z_BPD @ z_BPD.mT, g_BPD @ z_BPD.mT, g_BPD.square().sum((-2, -1)), num_groups=num_groups
-        )
+    return (g_ND / largest_entry(g_ND, dim=(-2, -1))).to(z_ND.dtype)
 
 
 def alignment_of_patches(

@@ -130,8 +130,10 @@ def _divergence(kappa: float, num_features: int) -> float:
     nu = num_features / 2 - 1
     lower, upper = float(ive(nu, kappa)), float(ive(nu + 1, kappa))
     if not upper > 1e-300:  # it underflows at many features, and is NaN where kappa passes 1e9
+        # The bounds cancel as well where kappa is that large.
+        remedy = "ask for fewer bins" if math.isnan(upper) else "use bounds"
         raise ValueError(
-            f"mode: exact has no digits left at {num_features} features and temperature {1 / kappa:.1g}: use bounds"
+            f"mode: exact has no digits left at {num_features} features and temperature {1 / kappa:.1g}: {remedy}"
         )
     # kappa, which both terms hold, is taken out of them: at two features it reaches 1e9, the result is below 10.
     log_scaled_partition = float(gammaln(nu + 1)) + nu * math.log(2 / kappa) + math.log(lower)

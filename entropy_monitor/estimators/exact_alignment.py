@@ -60,7 +60,8 @@ def exact_alignment(
         Layer to its cosines, detached; sums are in fp64. ``.grad`` is not touched and the graph is kept.
 
     Raises:
-        ValueError: there is no parameter, or an activation is no matrix of samples or shorter than a patch.
+        ValueError: there is no parameter, one is frozen, the loss is not one number or has no graph, or an activation
+            is no matrix of samples or shorter than a patch.
 
     >>> import torch
     >>> from entropy_monitor.estimators import patch_matrix_entropy
@@ -104,10 +105,9 @@ def alignment_of_roots(
         Layer to its cosines.
 
     Raises:
-        ValueError: there is no parameter.
+        ValueError: there is no parameter, one is frozen, or the loss is not one number or has no graph.
     """
-    if not parameters:
-        raise ValueError("parameters: expected at least one; found none: pass dict(model.named_parameters())")
+    _check(loss, parameters)
     tensors = tuple(parameters.values())
     loss_gradients = torch.autograd.grad(loss, tensors, retain_graph=True, allow_unused=True)
     loss_squares_P = _products(loss_gradients, loss_gradients, loss)
@@ -122,6 +122,17 @@ def alignment_of_roots(
         together = along_P.sum() / (loss_squares_P.sum().sqrt() * squares_P.sum().sqrt())
         found[layer] = ParameterAlignment(together, dict(zip(parameters, cosines_P.unbind(), strict=True)))
     return found
+
+
+def _check(loss: Tensor, parameters: Mapping[str, Tensor]) -> None:
+    if not parameters:
+        raise ValueError("parameters: expected at least one; found none: pass dict(model.named_parameters())")
+    if frozen := [name for name, parameter in parameters.items() if not parameter.requires_grad]:
+        raise ValueError(f"parameters: expected all to require gradients; found {frozen[0]} frozen: leave it out")
+    if loss.numel() != 1:
+        raise ValueError(f"loss: expected a single number, found shape {tuple(loss.shape)}: take its mean")
+    if not loss.requires_grad:
+        raise ValueError("loss: expected one with its graph, found it detached: pass what backward() is called on")
 
 
 def _products(ones: tuple[Tensor | None, ...], others: tuple[Tensor | None, ...], like: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from entropy_monitor.estimators.inputs import Array, as_samples
+from entropy_monitor.estimators.inputs import Array, as_samples, check_patch
 from entropy_monitor.estimators.label_sums import as_labels
 from entropy_monitor.estimators.refined_information import (
     Correction,
@@ -15,7 +15,7 @@ from entropy_monitor.estimators.refined_information import (
     check_correction,
     refined_information,
 )
-from entropy_monitor.estimators.soft_entropy import SoftBinOptions, check_patch, soft_assign
+from entropy_monitor.estimators.soft_entropy import SoftBinOptions, soft_assign
 
 if TYPE_CHECKING:
     from typing import Unpack
@@ -42,7 +42,8 @@ class MutualInformation(NamedTuple):
     num_labels: int
     """Distinct labels among them."""
     learned_from: LearnedFrom
-    """``labels``, or ``pooled groups`` where none had 32 tokens, or ``none``: not corrected."""
+    """``labels``, or ``pooled groups`` where none had 32 tokens. ``none`` where nothing was learned: with
+    ``correction="none"`` and for a constant label set; or below 32 tokens, where the corrected value is NaN."""
 
     def __float__(self) -> float:
         """Give the value."""
@@ -78,8 +79,9 @@ def mutual_information(
     the last term being the bias of H(Z) itself. It supposes that rare labels spread over the bins as frequent ones do.
     Where no label has 32 tokens, b is learned from random groups of all tokens, which spread more: the value is then
     low by up to the information itself, and its error stated several times too large. Below 32 tokens in all, it is
-    NaN. The standard error joins the infinitesimal jackknife over patches and the jackknife over what b was learned
-    from::
+    NaN. About a constant label set it is exactly 0, with a standard error of 0 (NaN for a single patch and, corrected,
+    below 32 tokens). The standard error joins the infinitesimal jackknife over patches and the jackknife over what b
+    was learned from::
 
         psi_i = sum_b p_ib log(P_xb / P_b) - [n_x b(n_x) - (n_x - 1) b(n_x - 1)], less its mean
         SE^2 = sum over patches of (sum_{i in patch} psi_i)^2 / n^2 + var(sum_x n_x/n b(n_x))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from entropy_monitor.estimators.information import MutualInformation, as_information
-from entropy_monitor.estimators.inputs import Array, as_samples
+from entropy_monitor.estimators.inputs import Array, as_samples, check_patch
 from entropy_monitor.estimators.label_sums import as_labels
 from entropy_monitor.estimators.rarefaction import conditional_bias
 from entropy_monitor.estimators.refined_information import (
@@ -16,25 +17,28 @@ from entropy_monitor.estimators.refined_information import (
     OrderInformation,
     bias_of_total,
     check_correction,
+    covariance,
     influences,
     order_information,
 )
-from entropy_monitor.estimators.reservoir import Reservoir, patch_priorities
+from entropy_monitor.estimators.reservoir import NUM_ROWS, Reservoir, patch_priorities
 from entropy_monitor.estimators.soft_counts import LabelTable, SoftCounts
 from entropy_monitor.estimators.soft_entropy import (
     SoftBinOptions,
-    check_patch,
+    SoftEntropy,
     entropy_of_shares,
+    safe_log,
     soft_assign,
     soft_bins,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
     from typing import Unpack
 
     from jaxtyping import Float, Int
     from torch import Tensor
+
+_UNDETERMINED = torch.tensor(math.nan, dtype=torch.float64)
 
 
 class SoftEntropyAccumulator:
@@ -67,6 +71,8 @@ class SoftEntropyAccumulator:
 
     def __init__(self, num_features: int, *, patch: int = 1, **bins: Unpack[SoftBinOptions]) -> None:
         check_patch(patch)
+        if patch > NUM_ROWS:
+            raise ValueError(f"patch: expected at most {NUM_ROWS} tokens, those held; found {patch}: 8 are usual")
         points_MD, self._temperature = soft_bins(num_features, **bins)
         self._points_MD = points_MD.detach().cpu()
         self._patch = patch
@@ -94,8 +100,13 @@ class SoftEntropyAccumulator:
             ValueError: shapes or names do not fit.
         """
         z_ND = as_samples(z)
-        if z_ND.ndim != 2:
-            raise ValueError(f"z: expected [n, d], found {tuple(z_ND.shape)}: flatten batch and sequence")
+        width = self._points_MD.shape[1]
+        if z_ND.ndim != 2 or z_ND.shape[1] != width:
+            raise ValueError(
+                f"z: expected [n, {width}], found {tuple(z_ND.shape)}: flatten batch and sequence, and pass one width"
+            )
+        if not isinstance(labels, Mapping | None):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ValueError(f'labels: expected sets by name, found a {type(labels).__name__}: pass {{"name": labels}}')
         given = {name: as_labels(label_N, len(z_ND)).cpu() for name, label_N in (labels or {}).items()}
         with torch.no_grad():
             p_NM = soft_assign(z_ND, reference_points=self._points_MD, temperature=self._temperature).cpu()
@@ -132,6 +143,25 @@ class SoftEntropyAccumulator:
         """
         return entropy_of_shares(self._counts.total_M / self.num_samples) / self._unit(normalize)
 
+    def entropy_estimate(self, normalize: bool = False) -> SoftEntropy:
+        """`soft_entropy_estimate` of all rows, in nats; error and bias are taken from the reservoir.
+
+        Args:
+            normalize: divide every figure by ``log m``.
+
+        Returns:
+            `SoftEntropy`, 0-d, fp64; NaN before the first row, error and bias also for a single patch.
+        """
+        if not self.num_samples:
+            return SoftEntropy(*[_UNDETERMINED] * 4)
+        share_1M, num_rows = self._shares(), len(self._counts.reservoir.p_RM)
+        surprise_R1 = -self._counts.reservoir.p_RM.double() @ safe_log(share_1M).mT
+        psi_B1 = self._counts.reservoir.sum_patches(surprise_R1 - surprise_R1.mean(0))
+        variance = covariance(psi_B1, psi_B1, num_rows, self.num_samples)[0]
+        plug_in, bias = entropy_of_shares(share_1M)[0], -self._bias_of_total()[0]
+        unit = self._unit(normalize)
+        return SoftEntropy((plug_in - bias) / unit, variance.sqrt() / unit, plug_in / unit, bias / unit)
+
     def mutual_information(
         self, name: str, correction: Correction = "rarefied", normalize: bool = False
     ) -> MutualInformation:
@@ -145,7 +175,7 @@ class SoftEntropyAccumulator:
             normalize: divide every figure by ``log m``.
 
         Returns:
-            `MutualInformation`, 0-d, fp64.
+            `MutualInformation`, 0-d, fp64; NaN where no row had a direction.
 
         Raises:
             ValueError: no such label set, or unknown correction.
@@ -155,6 +185,8 @@ class SoftEntropyAccumulator:
             raise ValueError(
                 f"name: expected one of {sorted(self._counts.tables)}, found {name!r}: update with it first"
             )
+        if not self.num_samples:
+            return MutualInformation(*[_UNDETERMINED] * 4, num_samples=0, num_labels=0, learned_from="none")
         order = self._information(self._counts.tables[name], self._counts.reservoir.labels[name], correction)
         return as_information(order, self.num_samples, self._unit(normalize), self._counts.total_M[0])
 
@@ -211,16 +243,22 @@ class SoftEntropyAccumulator:
     def _unit(self, normalize: bool) -> float:
         return math.log(len(self._points_MD)) if normalize else 1.0
 
+    def _shares(self) -> Tensor:
+        return (self._counts.total_M / self.num_samples)[None]
+
+    def _bias_of_total(self) -> Tensor:
+        p_RM, sum_patches = self._counts.reservoir.p_RM.double(), self._counts.reservoir.sum_patches
+        size_B = sum_patches(torch.ones_like(p_RM[:, :1]))[:, 0]
+        return bias_of_total(sum_patches(p_RM)[:, None], size_B, self._shares(), self.num_samples)
+
     def _information(self, table: LabelTable, label_R: Tensor, correction: Correction) -> OrderInformation:
         num_tokens, reservoir = self.num_samples, self._counts.reservoir
-        share_1M = (self._counts.total_M / num_tokens)[None]
+        share_1M = self._shares()
         entropy_1 = entropy_of_shares(share_1M)
         entropy_U1 = entropy_of_shares(table.sums_UM / table.count_U[:, None])[:, None]
         plug_in_1 = entropy_1 - (table.count_U.double() / num_tokens) @ entropy_U1
         p_R1M = reservoir.p_RM.double()[:, None]
         place_R = torch.searchsorted(table.label_U, label_R)
-        size_B = reservoir.sum_patches(torch.ones_like(p_R1M[:, 0, :1]))[:, 0]
-        total_bias_1 = bias_of_total(reservoir.sum_patches(p_R1M[:, 0])[:, None], size_B, share_1M, num_tokens)
         psi_R1 = influences(p_R1M, table.sums_UM[:, None], table.count_U, place_R, share_1M)
         bias = None
         if correction == "rarefied":
@@ -228,4 +266,6 @@ class SoftEntropyAccumulator:
             bias = conditional_bias(p_R1M, place_R, table.count_U, entropy_U1, entropy_1, generator)
             psi_R1 = psi_R1 - bias.added_by_one_UL[place_R]
         psi_B1 = reservoir.sum_patches(psi_R1 - psi_R1.mean(0))
-        return order_information(plug_in_1, bias, total_bias_1, psi_B1, len(p_R1M), num_tokens, len(table.label_U))
+        return order_information(
+            plug_in_1, bias, self._bias_of_total(), psi_B1, len(p_R1M), num_tokens, len(table.label_U)
+        )

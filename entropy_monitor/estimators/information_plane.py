@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from entropy_monitor.estimators.information import MutualInformation, as_information
+from entropy_monitor.estimators.inputs import Array, as_tensor, check_patch
 from entropy_monitor.estimators.optimality import Optimality, optimality
 from entropy_monitor.estimators.refined_information import (
     Correction,
@@ -15,7 +16,6 @@ from entropy_monitor.estimators.refined_information import (
     covariance,
     refined_information,
 )
-from entropy_monitor.estimators.soft_entropy import check_patch
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -36,9 +36,9 @@ class InformationPlane(NamedTuple):
 
 
 def information_plane(
-    p: Float[Tensor, "n l m"],
-    input_labels: Sequence[Int[Tensor, " n"]],
-    output_labels: Sequence[Int[Tensor, " n"]],
+    p: Float[Array, "n l m"],
+    input_labels: Sequence[Int[Array, " n"]],
+    output_labels: Sequence[Int[Array, " n"]],
     *,
     correction: Correction = "rarefied",
     patch: int = 8,
@@ -79,22 +79,29 @@ def information_plane(
     """
     check_patch(patch)
     check_correction(correction)
-    _check(p, input_labels, output_labels)
+    p_NLM = as_tensor(p, "p")
+    input_tensors, output_tensors = (
+        [as_tensor(label_N, "labels") for label_N in labels] for labels in (input_labels, output_labels)
+    )
+    _check(p_NLM, input_tensors, output_tensors)
     rows = slice(None) if influence is None else influence
-    num_rows = len(range(*rows.indices(len(p))))
+    num_tokens = len(p_NLM)
+    num_rows = len(range(*rows.indices(num_tokens)))
     if not num_rows:
-        raise ValueError(f"influence: expected rows of the {len(p)} in p, found {influence}: choose the newest ones")
+        raise ValueError(
+            f"influence: expected rows of the {num_tokens} in p, found {influence}: take the newest ones"
+        )
     with torch.no_grad():
         sides = [
-            refined_information(p, labels, correction=correction, patch=patch, influence=rows, seed=seed)
-            for labels in (input_labels, output_labels)
+            refined_information(p_NLM, labels, correction=correction, patch=patch, influence=rows, seed=seed)
+            for labels in (input_tensors, output_tensors)
         ]
-    unit = math.log(p.shape[-1]) if normalize else 1.0
-    informations = [tuple(as_information(order, len(p), unit, p[0, :, 0]) for order in side) for side in sides]
+    unit = math.log(p_NLM.shape[-1]) if normalize else 1.0
+    informations = [tuple(as_information(order, num_tokens, unit, p_NLM[0, :, 0]) for order in side) for side in sides]
     ratios: list[Optimality] = []
     for number, (x, y) in enumerate(zip(*sides, strict=True)):
-        covariance_L = covariance(x.psi_BL, y.psi_BL, num_rows, len(p)) / unit**2
-        ratios.append(optimality(informations[0][number], informations[1][number], covariance_L.to(p.dtype)))
+        covariance_L = covariance(x.psi_BL, y.psi_BL, num_rows, num_tokens) / unit**2
+        ratios.append(optimality(informations[0][number], informations[1][number], covariance_L.to(p_NLM.dtype)))
     return InformationPlane(informations[0], informations[1], tuple(ratios))
 
 

@@ -20,6 +20,34 @@ Array: TypeAlias = Tensor | NDArray[Any]
 """What callers may pass: a tensor on any device, or a numpy array."""
 
 
+def as_tensor(values: Array, name: str) -> Tensor:
+    """Take a tensor as it is, and convert a numpy array or nested lists of numbers.
+
+    Args:
+        values: the numbers.
+        name: the argument's name, for the message.
+
+    Returns:
+        A view of the input where that is possible.
+
+    Raises:
+        ValueError: lists of unequal lengths, or something else than numbers that torch knows.
+    """
+    if isinstance(values, Tensor):
+        return values
+    found = type(values).__name__
+    try:
+        array = np.asarray(values)
+        found = f"{found} of {array.dtype}"
+        # Foreign byte orders, read-only and reversed arrays are copied: torch refuses or warns about them.
+        native = array.astype(array.dtype.newbyteorder("="), copy=False)
+        return torch.as_tensor(np.require(native, requirements=["C", "W"]))
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{name}: expected an array of numbers, found {found}: pass rows of equal length in a torch type"
+        ) from error
+
+
 def as_samples(z: Array, name: str = "z") -> Float[Tensor, "*batch n d"]:
     """Convert a matrix of samples to a tensor of at least fp32.
 
@@ -31,10 +59,9 @@ def as_samples(z: Array, name: str = "z") -> Float[Tensor, "*batch n d"]:
         fp64 for fp64, else fp32; a view of the input where that is possible.
 
     Raises:
-        ValueError: fewer than two dimensions, an empty one, or complex numbers.
+        ValueError: no numbers, fewer than two dimensions, an empty one, or complex numbers.
     """
-    # Read-only and reversed arrays are copied: torch warns about the first and refuses the second.
-    tensor = z if isinstance(z, Tensor) else torch.as_tensor(np.require(z, requirements=["C", "W"]))
+    tensor = as_tensor(z, name)
     if tensor.ndim < 2 or 0 in tensor.shape or tensor.is_complex():
         raise ValueError(
             f"{name}: expected real numbers of shape [..., tokens, features], none of them 0; "
@@ -50,6 +77,16 @@ def full_precision(tensor: Tensor) -> torch.autocast:
         A context manager.
     """
     return torch.autocast(tensor.device.type, enabled=False)
+
+
+def check_patch(patch: int) -> None:
+    """Refuse a patch without tokens.
+
+    Raises:
+        ValueError: it is below 1.
+    """
+    if patch < 1:
+        raise ValueError(f"patch: expected at least 1 token, found {patch}: 8 are usual, 1 if all are independent")
 
 
 def split_patches(z_ND: Float[Tensor, "*batch n d"], patch: int) -> Float[Tensor, "*batch b p d"]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from entropy_monitor.estimators.inputs import as_tensor
 from entropy_monitor.estimators.soft_entropy import safe_log
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from entropy_monitor.estimators.inputs import Array
 
-_CACHED_ENTRIES = 1 << 17
+CACHED_ENTRIES = 1 << 17
 """Entries treated at once: half a megabyte of fp32 stays in the cache through logarithm, product and sum."""
 
 
@@ -42,7 +42,7 @@ def as_labels(labels: Int[Array, " n"], num_tokens: int) -> Int[Tensor, " n"]:
     Raises:
         ValueError: not integers, or not so many.
     """
-    tensor = labels if isinstance(labels, Tensor) else torch.as_tensor(np.require(labels, requirements=["C", "W"]))
+    tensor = as_tensor(labels, "labels")
     if tensor.shape != (num_tokens,) or tensor.is_floating_point() or tensor.is_complex():
         raise ValueError(
             f"labels: expected {num_tokens} integers, one per token; found {tuple(tensor.shape)} of {tensor.dtype}: "
@@ -88,7 +88,7 @@ def set_entropies(table: LabelSums) -> Float[Tensor, "v l"]:
         Nats, fp64.
     """
     inverse_V11 = (1 / table.count_V.double()).to(table.sums_VLM.dtype)[:, None, None]
-    step = max(1, _CACHED_ENTRIES // table.sums_VLM[0].numel())
+    step = max(1, CACHED_ENTRIES // table.sums_VLM[0].numel())
     chunks: list[Tensor] = []
     for first in range(0, len(table.sums_VLM), step):
         share_VLM = table.sums_VLM[first : first + step] * inverse_V11[first : first + step]

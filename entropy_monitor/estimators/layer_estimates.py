@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from entropy_monitor.estimators.alignment import Alignment, alignment_of_patches
+from entropy_monitor.estimators.alignment import Alignment, alignment_of_patches, scaled_gradient
 from entropy_monitor.estimators.fitted_influence import fitted_von_neumann
 from entropy_monitor.estimators.inputs import Array, as_samples, full_precision, largest_entry, split_patches, trace
 from entropy_monitor.estimators.sample_entropies import SampleEntropies, entropies_of_prepared
@@ -54,7 +54,7 @@ def layer_estimates(
         The figures, detached.
 
     Raises:
-        ValueError: ``z`` is no matrix of samples or holds fewer tokens than a patch.
+        ValueError: ``z`` is no matrix of samples or holds fewer tokens than a patch, or ``g`` has another shape.
 
     >>> import torch
     >>> estimates = layer_estimates(torch.eye(16))
@@ -66,6 +66,7 @@ def layer_estimates(
         # Squares of activations as they come may overflow; every figure knows no scale.
         z_ND = z_ND / largest_entry(z_ND, dim=(-2, -1))
         z_BPD = split_patches(z_ND, patch)
+        g_BPD = None if g is None else split_patches(scaled_gradient(g, z_ND), patch)
         gram_BPP = z_BPD @ z_BPD.mT
         norm_BP = gram_BPP.diagonal(dim1=-2, dim2=-1).sqrt()
         inverse_BP = torch.where(norm_BP == 0, 0.0, 1 / norm_BP)
@@ -80,7 +81,7 @@ def layer_estimates(
             normalized=_order_two(cosine_BPP),
             centered=_order_two(centered_BPD @ centered_BPD.mT),
             sample=_whole_sample(unit_BPD, own_mass_B),
-            alignment=None if g is None else _alignment(z_BPD, gram_BPP, as_samples(g, "g"), num_groups),
+            alignment=None if g_BPD is None else _alignment(z_BPD, gram_BPP, g_BPD, num_groups),
         )
 
 
@@ -95,7 +96,6 @@ def _order_two(gram_BPP: Tensor) -> Tensor:
     return 2 * trace(gram_BPP).log() - gram_BPP.square().sum((-2, -1)).log()
 
 
-def _alignment(z_BPD: Tensor, gram_BPP: Tensor, g_ND: Tensor, num_groups: int) -> Alignment:
-    g_BPD = split_patches(g_ND / largest_entry(g_ND, dim=(-2, -1)), z_BPD.shape[-2])
+def _alignment(z_BPD: Tensor, gram_BPP: Tensor, g_BPD: Tensor, num_groups: int) -> Alignment:
     square_B = g_BPD.flatten(-2).square().sum(-1)
     return alignment_of_patches(gram_BPP, g_BPD @ z_BPD.mT, square_B, num_groups)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
-from torch import Tensor
+
+from entropy_monitor.estimators.inputs import as_tensor
 
 if TYPE_CHECKING:
     from jaxtyping import Int
+    from torch import Tensor
 
     from entropy_monitor.estimators.inputs import Array
 
@@ -40,7 +41,7 @@ def backoff_labels(tokens: Int[Array, "n k"], min_count: int = 8) -> tuple[Int[T
     >>> first.tolist(), second.tolist()
     ([0, 0, 0, 1], [2, 2, 0, 1])
     """
-    tokens_NK = tokens if isinstance(tokens, Tensor) else torch.as_tensor(np.require(tokens, requirements=["C", "W"]))
+    tokens_NK = as_tensor(tokens, "tokens")
     if tokens_NK.ndim != 2 or 0 in tokens_NK.shape or tokens_NK.is_floating_point() or tokens_NK.is_complex():
         raise ValueError(
             f"tokens: expected integers of shape [n, k], none of them 0; found {tuple(tokens_NK.shape)} of "

@@ -16,7 +16,7 @@ class Optimality(NamedTuple):
     """Share of the information kept about the input that is about the output, each ``[...]``."""
 
     value: Tensor
-    """``I(Y;Z) / I(X;Z)``; NaN where the denominator is not above 2 standard errors."""
+    """``I(Y;Z) / I(X;Z)``; NaN where the denominator is not above 2 standard errors, or either error is unknown."""
     std_error: Tensor
 
 
@@ -58,7 +58,9 @@ def optimality(
         output_information.std_error.square() - 2 * ratio * covariance + (ratio * input_information.std_error).square()
     )
     variance = variance.clamp_min(0)  # where both are the same figure, rounding leaves a little on either side of 0
-    clear = input_information.value > 2 * input_information.std_error
+    # An unknown error of the input fails the comparison; one of the output would leave a ratio of unknown error.
+    known = output_information.std_error.isfinite()
+    clear = (input_information.value > 2 * input_information.std_error) & known
     undetermined = torch.full_like(ratio, torch.nan)
     return Optimality(
         torch.where(clear, ratio, undetermined),

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
 import torch
 
+from entropy_monitor.estimators.label_sums import CACHED_ENTRIES
 from entropy_monitor.estimators.soft_entropy import safe_log
 
 if TYPE_CHECKING:
@@ -17,9 +18,6 @@ NUM_ROWS = 32
 """Tokens a label must have to be learned from, and that are taken from it."""
 MAX_GROUPS = 64
 """Labels learned from at most."""
-
-_CACHED_ENTRIES = 1 << 17
-"""Entries treated at once: half a megabyte of fp32."""
 
 LearnedFrom: TypeAlias = Literal["labels", "pooled groups", "none"]
 
@@ -162,7 +160,7 @@ def _entropies_of_means(p_RLM: Tensor, rows_GK: Tensor) -> Tensor:
     Returns:
         Nats, fp64, ``[6, G, L]``.
     """
-    few = max(1, _CACHED_ENTRIES // (NUM_ROWS * p_RLM[0].numel()))
+    few = max(1, CACHED_ENTRIES // (NUM_ROWS * p_RLM[0].numel()))
     masses: list[Tensor] = []
     for rows_FK in rows_GK.split(few):
         sums_FKLM = p_RLM[rows_FK]

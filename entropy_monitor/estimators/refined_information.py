@@ -152,9 +152,12 @@ def order_information(
         num_labels: distinct labels.
 
     Returns:
-        `OrderInformation`.
+        `OrderInformation`; exactly 0 for a single label.
     """
     variance_L = covariance(psi_BL, psi_BL, num_rows, num_tokens)
+    if num_labels == 1:  # H(Z|X) is H(Z): all else would be rounding, and noise of the correction; NaN stays
+        zero_L = 0 * plug_in_L.abs()
+        return OrderInformation(zero_L, zero_L, 0 * variance_L, psi_BL, num_labels, "none")
     if bias is None:
         return OrderInformation(plug_in_L, torch.zeros_like(plug_in_L), variance_L.sqrt(), psi_BL, num_labels, "none")
     std_error_L = (variance_L + bias.variance_L).sqrt()

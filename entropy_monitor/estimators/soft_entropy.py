@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, NamedTuple, TypedDict
 import torch
 
 from entropy_monitor.estimators import calibration
-from entropy_monitor.estimators.inputs import Array, as_samples, full_precision, unit_rows
+from entropy_monitor.estimators.inputs import (
+    Array,
+    as_samples,
+    as_tensor,
+    check_patch,
+    full_precision,
+    unit_rows,
+)
 
 if TYPE_CHECKING:
     from typing import Unpack
@@ -49,7 +56,7 @@ class SoftBinOptions(TypedDict, total=False):
     num_bins: int
     seed: int
     mode: CalibrationMode
-    reference_points: Tensor | None
+    reference_points: Array | None
     temperature: float | None
 
 
@@ -59,7 +66,7 @@ def soft_assign(
     num_bins: int = 100,
     seed: int = 0,
     mode: CalibrationMode = "auto",
-    reference_points: Float[Tensor, "m d"] | None = None,
+    reference_points: Float[Array, "m d"] | None = None,
     temperature: float | None = None,
 ) -> Float[Tensor, "*batch n m"]:
     """Distribute each row over soft bins: softmax of its cosines with the reference points, over the temperature.
@@ -174,7 +181,6 @@ def soft_entropy_estimate(
     >>> bool(estimate.value > estimate.plug_in), bool(0 < estimate.std_error < 0.05)
     (True, True)
     """
-    check_patch(patch)
     with torch.no_grad():
         p_NM = soft_assign(z, **bins)
         estimate = entropy_of_assignments(p_NM, patch)
@@ -182,20 +188,25 @@ def soft_entropy_estimate(
         return SoftEntropy(*(figure / unit for figure in estimate))
 
 
-def entropy_of_assignments(p_NM: Float[Tensor, "*batch n m"], patch: int) -> SoftEntropy:
+def entropy_of_assignments(p: Float[Array, "*batch n m"], patch: int) -> SoftEntropy:
     """Finish `soft_entropy_estimate` for tokens that have been assigned.
 
     Args:
-        p_NM: soft assignments of consecutive tokens.
+        p: soft assignments of consecutive tokens, ``[..., n, m]``.
         patch: tokens drawn together.
 
     Returns:
         `SoftEntropy`, in nats.
 
+    Raises:
+        ValueError: ``p`` is no matrix of samples, or ``patch`` is below 1.
+
     >>> import torch
     >>> float(entropy_of_assignments(torch.eye(2).repeat(8, 1), patch=2).std_error)
     0.0
     """
+    check_patch(patch)
+    p_NM = as_samples(p, "p")
     share_M = p_NM.mean(-2)
     plug_in = entropy_of_shares(share_M)
     sums_BM = sum_patches(p_NM - share_M[..., None, :], patch)
@@ -211,7 +222,7 @@ def soft_bins(
     num_bins: int = 100,
     seed: int = 0,
     mode: CalibrationMode = "auto",
-    reference_points: Tensor | None = None,
+    reference_points: Array | None = None,
     temperature: float | None = None,
 ) -> tuple[Tensor, float]:
     """Complete reference points and temperature from what the caller gave.
@@ -222,9 +233,10 @@ def soft_bins(
     Raises:
         ValueError: they do not fit the activations.
     """
-    points_MD = reference_points
-    if points_MD is None:
+    if reference_points is None:
         points_MD = calibration.reference_points(num_features, num_bins, seed)
+    else:
+        points_MD = as_tensor(reference_points, "reference_points")
     if points_MD.ndim != 2 or points_MD.shape[1] != num_features or points_MD.shape[0] < 2:
         raise ValueError(
             f"reference_points: expected [m, {num_features}] with m of at least 2; found {tuple(points_MD.shape)}: "
@@ -235,16 +247,6 @@ def soft_bins(
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature: expected a positive number, found {temperature}: leave it None")
     return points_MD, temperature
-
-
-def check_patch(patch: int) -> None:
-    """Refuse a patch without tokens.
-
-    Raises:
-        ValueError: it is below 1.
-    """
-    if patch < 1:
-        raise ValueError(f"patch: expected at least 1 token, found {patch}: 8 are usual, 1 if all are independent")
 
 
 def safe_log(shares: Tensor) -> Tensor:

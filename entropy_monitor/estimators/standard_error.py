@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from entropy_monitor.estimators.gradients import matrix_entropy_gradient
-from entropy_monitor.estimators.inputs import Array, as_samples, prepare
+from entropy_monitor.estimators.inputs import Array, as_samples, as_tensor, check_patch, prepare
 
 if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
 
-def patch_standard_error(values: Float[Tensor, "*batch b"]) -> Float[Tensor, "*batch"]:
+def patch_standard_error(values: Float[Array, "*batch b"]) -> Float[Tensor, "*batch"]:
     """Standard error of the mean of independent patches, ``sd / sqrt(num_patches)``, in the unit of ``values``.
 
     Args:
@@ -28,10 +28,12 @@ def patch_standard_error(values: Float[Tensor, "*batch b"]) -> Float[Tensor, "*b
     >>> float(patch_standard_error(torch.tensor([1.0, 3.0])))
     1.0
     """
-    num_patches = values.shape[-1]
+    values_B = as_tensor(values, "values")
+    values_B = values_B if values_B.is_floating_point() else values_B.float()
+    num_patches = values_B.shape[-1]
     if num_patches < 2:
-        return torch.full_like(values.sum(-1), math.nan)
-    return values.std(-1) / math.sqrt(num_patches)
+        return torch.full_like(values_B.sum(-1), math.nan)
+    return values_B.std(-1) / math.sqrt(num_patches)
 
 
 def matrix_entropy_standard_error(
@@ -57,11 +59,15 @@ def matrix_entropy_standard_error(
     Returns:
         ``[...]``; NaN for a non-finite matrix.
 
+    Raises:
+        ValueError: ``z`` is no matrix of samples, or ``order`` or ``patch`` is out of range.
+
     >>> import torch
     >>> z = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
     >>> 0 < float(matrix_entropy_standard_error(z)) < 0.2
     True
     """
+    check_patch(patch)
     z_ND = prepare(as_samples(z), normalize, center)
     influence_N = (z_ND * matrix_entropy_gradient(z_ND, order)).sum(-1) / 2
     return sum_blocks(influence_N, patch).square().sum(-1).sqrt()

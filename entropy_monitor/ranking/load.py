@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import re
 import sys
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
@@ -14,12 +16,15 @@ import torch
 from torch import nn
 
 from entropy_monitor.errors import ConfigError, EntropyMonitorError
+from entropy_monitor.ranking.reason import reason
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Generator, Sequence
     from types import ModuleType
 
 _FORMS = "a Hugging Face directory, package.module:factory or file.py:factory, each factory with @CHECKPOINT or without"
+_FACTORY = re.compile(r"(?P<module>.+?):(?P<factory>[^:@/\\]+)(?:@(?P<checkpoint>.*))?")
+"""A folder may hold an @ as well: the checkpoint's comes behind the factory."""
 
 
 class LoadedModel(NamedTuple):
@@ -64,10 +69,10 @@ def find_source(name: str) -> ModelSource:
                 "save_pretrained wrote, or a factory"
             )
         return HuggingFaceSource(name)
-    place, _, checkpoint = name.partition("@")
-    module, separator, factory = place.rpartition(":")
-    if not separator or not module or not factory:
+    parts = _FACTORY.fullmatch(name)
+    if parts is None:
         raise ConfigError(f"expected {_FORMS}; found {name}: there is no such directory")
+    module, factory, checkpoint = parts["module"], parts["factory"], parts["checkpoint"]
     if checkpoint and not Path(checkpoint).exists():
         raise ConfigError(f"expected a checkpoint after @ in {name}; found no {checkpoint}: correct the path")
     source = FactorySource(name, _function(module, factory), Path(checkpoint) if checkpoint else None)
@@ -102,7 +107,7 @@ class HuggingFaceSource:
             model = transformers.AutoModel.from_pretrained(self.name, local_files_only=True)
         except Exception as error:  # transformers raises whatever its parts raise
             raise EntropyMonitorError(
-                f"expected model and tokenizer in {self.name}; {_one_line(error)}: save both with save_pretrained"
+                f"expected model and tokenizer in {self.name}; {reason(error)}: save both with save_pretrained"
             ) from error
 
         def tokenize(text: str) -> Sequence[int]:
@@ -143,8 +148,10 @@ class FactorySource:
         takes_checkpoint = bool(_required_arguments(self.factory))
         try:
             made = self.factory(str(self.checkpoint)) if takes_checkpoint else self.factory()
-        except Exception as error:  # user code may raise anything
-            raise EntropyMonitorError(f"expected {self.name} to make a model; it raised {_one_line(error)}") from error
+        except (Exception, SystemExit) as error:  # user code may raise anything
+            raise EntropyMonitorError(
+                f"expected {self.name} to make a model; it raised {reason(error)}: correct it"
+            ) from error
         pair: tuple[Any, Any] = made if isinstance(made, tuple) and len(made) == 2 else (made, None)  # pyright: ignore[reportUnknownVariableType]
         model, tokenize = pair
         if not isinstance(model, nn.Module) or not (tokenize is None or callable(tokenize)):
@@ -171,8 +178,8 @@ def _function(module: str, name: str) -> Callable[..., Any]:
         found = getattr(_import_file(Path(module)) if module.endswith(".py") else _import_module(module), name, None)
     except ConfigError:
         raise
-    except Exception as error:  # user code may raise anything when imported
-        raise ConfigError(f"expected to import {module}; it raised {_one_line(error)}: correct it") from error
+    except (Exception, SystemExit) as error:  # user code may raise anything when imported
+        raise ConfigError(f"expected to import {module}; it raised {reason(error)}: correct it") from error
     if not callable(found):
         raise ConfigError(f"expected a function {name} in {module}; found {_kind(found)}: correct the name")
     return found
@@ -186,13 +193,39 @@ def _import_module(name: str) -> ModuleType:
 
 
 def _import_file(path: Path) -> ModuleType:
-    specification = importlib.util.spec_from_file_location(path.stem, path)
+    # A name of its own: a file called json.py shall not become everybody's json.
+    name = f"_rank_{abs(hash(path.resolve()))}"
+    specification = importlib.util.spec_from_file_location(name, path)
     if not path.is_file() or specification is None or specification.loader is None:
         raise ConfigError(f"expected a Python file; found no {path}: correct the path before the colon")
     module = importlib.util.module_from_spec(specification)
-    sys.modules[path.stem] = module  # dataclasses look their module up
-    specification.loader.exec_module(module)
+    sys.modules[name] = module  # dataclasses look their module up
+    with _neighbours(path.resolve().parent):
+        specification.loader.exec_module(module)
     return module
+
+
+@contextmanager
+def _neighbours(folder: Path) -> Generator[None]:
+    """Let a file import what lies beside it, as scripts do.
+
+    Its neighbours are forgotten afterwards: another folder's file may have neighbours of the same names.
+
+    Yields:
+        Nothing: the file is imported within.
+    """
+    before = set(sys.modules)
+    beside = {
+        entry.stem for entry in folder.iterdir() if entry.suffix == ".py" or (entry / "__init__.py").is_file()
+    } - before
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
+        for name in set(sys.modules) - before:
+            if name.partition(".")[0] in beside:
+                del sys.modules[name]
 
 
 def _load_state(model: nn.Module, checkpoint: Path) -> None:
@@ -201,14 +234,8 @@ def _load_state(model: nn.Module, checkpoint: Path) -> None:
         model.load_state_dict(torch.load(checkpoint, map_location="cpu", weights_only=True))
     except Exception as error:  # torch raises what pickle, zip and the model raise
         raise EntropyMonitorError(
-            f"expected a state dict of {type(model).__name__} in {checkpoint}; {_one_line(error)}: save "
-            "model.state_dict()"
+            f"expected a state dict of {type(model).__name__} in {checkpoint}; {reason(error)}: save model.state_dict()"
         ) from error
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(f"{type(error).__name__}: {error}".split())
-    return text if len(text) <= 300 else f"{text[:300]}..."
 
 
 def _kind(value: object) -> str:

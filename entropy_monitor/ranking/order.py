@@ -19,7 +19,7 @@ class Rank:
     """A model's place."""
 
     position: int | None
-    """From 1; None where optimality is undetermined."""
+    """From 1; None where optimality or its error is undetermined."""
     tied: bool
     """Another model has this position too."""
     score: ModelScore
@@ -38,8 +38,8 @@ def rank_scores(scores: Sequence[ModelScore]) -> list[Rank]:
     Returns:
         Ranks, best first, undetermined ones last.
     """
-    known = sorted((score for score in scores if not math.isnan(score.optimality.value)), key=_optimality, reverse=True)
-    unknown = [score for score in scores if math.isnan(score.optimality.value)]
+    known = sorted((score for score in scores if score.optimality.is_known), key=_optimality, reverse=True)
+    unknown = [score for score in scores if not score.optimality.is_known]
     positions: list[int] = []
     for index, score in enumerate(known):
         best = known[positions[-1] - 1] if positions else score

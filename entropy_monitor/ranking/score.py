@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from statistics import fmean
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
@@ -17,6 +18,8 @@ from entropy_monitor.estimators import (
 )
 from entropy_monitor.ranking.labels import ORDERS, ngram_labels
 from entropy_monitor.ranking.listener import Listener
+from entropy_monitor.ranking.reason import reason
+from entropy_monitor.types import PATCH_LENGTH
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -24,10 +27,7 @@ if TYPE_CHECKING:
     from jaxtyping import Int
     from torch import Tensor
 
-    from entropy_monitor.estimators import Optimality
-
-PATCH = 8
-"""Consecutive tokens, which are alike, count as drawn together in every standard error."""
+    from entropy_monitor.estimators import Optimality, SoftEntropy
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,12 +43,12 @@ class RankOptions:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        for name, least in (("block", PATCH), ("batch", 1), ("bins", 2), ("max_tokens", self.block)):
+        for name, least in (("block", PATCH_LENGTH), ("batch", 1), ("bins", 2), ("max_tokens", self.block)):
             if getattr(self, name) < least:
                 option = name.replace("_", "-")
                 raise ConfigError(f"expected --{option} of at least {least}; found {getattr(self, name)}: give more")
-        if self.block % PATCH:
-            raise ConfigError(f"expected --block to be a multiple of {PATCH}; found {self.block}: round it")
+        if self.block % PATCH_LENGTH:
+            raise ConfigError(f"expected --block to be a multiple of {PATCH_LENGTH}; found {self.block}: round it")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,14 +58,19 @@ class Estimate:
     value: float
     std_error: float
 
+    @property
+    def is_known(self) -> bool:
+        """Whether value and error are both determined."""
+        return math.isfinite(self.value) and math.isfinite(self.std_error)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerScore:
     """One residual block; information in nats, by n-gram order from 1."""
 
     layer: str
-    soft_entropy: float
-    """Over ``log m``."""
+    soft_entropy: Estimate
+    """Over ``log m``, corrected for the finite sample."""
     input_information: tuple[Estimate, ...]
     """I(X;Z): about the tokens that end here."""
     output_information: tuple[Estimate, ...]
@@ -81,7 +86,7 @@ class ModelScore:
 
     name: str
     num_tokens: int
-    soft_entropy: float
+    soft_entropy: Estimate
     """Over ``log m``, from 0 to 1."""
     input_information: tuple[Estimate, ...]
     output_information: tuple[Estimate, ...]
@@ -102,8 +107,9 @@ def score_model(
 ) -> ModelScore:
     """Run a model over a text once and measure its blocks.
 
-    Each block's output goes straight into an accumulator of soft assignments. Means over blocks carry the mean of the
-    blocks' standard errors, an upper bound: all blocks saw the same tokens.
+    Each block's output goes straight into an accumulator of soft assignments. Consecutive tokens are alike: those of a
+    patch of 8 count as drawn together in every standard error. Means over blocks carry the mean of the blocks' standard
+    errors, an upper bound: all blocks saw the same tokens.
 
     Source: arXiv 2604.07569.
 
@@ -125,7 +131,7 @@ def score_model(
     _check_ids(name, model, ids, options.block)
     labels = ngram_labels(ids, options.block)
     blocks_BT = ids[: len(ids) // options.block * options.block].reshape(-1, options.block)
-    listener = Listener(options.bins, PATCH)
+    listener = Listener(options.bins, PATCH_LENGTH)
     model.eval().to(options.device)
     with torch.inference_mode(), listener.attached(taps):
         for batch_BT, first in zip(
@@ -141,11 +147,9 @@ def score_model(
             layer: {side: accumulator.mutual_information(side) for side in labels}
             for layer, accumulator in listener.accumulators(taps, blocks_BT.numel()).items()
         }
-        entropies = {layer: found.entropy(normalize=True) for layer, found in listener.found.items()}
+        entropies = {layer: found.entropy_estimate(normalize=True) for layer, found in listener.found.items()}
         missed = {layer: found.num_undetermined for layer, found in listener.found.items()}
-    layers = tuple(
-        _layer_score(layer, float(entropies[layer]), informations[layer], missed[layer]) for layer in informations
-    )
+    layers = tuple(_layer_score(layer, entropies[layer], informations[layer], missed[layer]) for layer in informations)
     return _model_score(name, blocks_BT.numel(), layers, list(informations.values()))
 
 
@@ -171,20 +175,19 @@ def _forward(name: str, model: nn.Module, ids_BT: Tensor) -> None:
     except EntropyMonitorError:
         raise
     except Exception as error:  # user code may raise anything
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise EntropyMonitorError(
-            f"expected {name} to take ids of shape {tuple(ids_BT.shape)}; it raised {reason}: "
+            f"expected {name} to take ids of shape {tuple(ids_BT.shape)}; it raised {reason(error)}: "
             "a --block within its context may help"
         ) from error
 
 
 def _layer_score(
-    layer: str, soft_entropy: float, informations: Mapping[str, MutualInformation], num_undetermined: int
+    layer: str, soft_entropy: SoftEntropy, informations: Mapping[str, MutualInformation], num_undetermined: int
 ) -> LayerScore:
     inputs, outputs = ([informations[f"{side}_{order}"] for order in ORDERS] for side in ("input", "output"))
     return LayerScore(
         layer=layer,
-        soft_entropy=soft_entropy,
+        soft_entropy=_estimate(soft_entropy),
         input_information=tuple(_estimate(information) for information in inputs),
         output_information=tuple(_estimate(information) for information in outputs),
         optimality=_estimate(optimality(inputs[0], outputs[0])),
@@ -199,16 +202,16 @@ def _model_score(
         [_mean([found[f"{side}_{order}"] for found in informations]) for order in ORDERS]
         for side in ("input", "output")
     )
-    distance = information_bottleneck_bound(inputs[0]).value - outputs[0].value
+    bound = information_bottleneck_bound(inputs[0], output_information=outputs[0])
     error = math.hypot(inputs[0].std_error, outputs[0].std_error)
     return ModelScore(
         name=name,
         num_tokens=num_tokens,
-        soft_entropy=sum(layer.soft_entropy for layer in layers) / len(layers),
+        soft_entropy=_mean_estimate([layer.soft_entropy for layer in layers]),
         input_information=tuple(_estimate(information) for information in inputs),
         output_information=tuple(_estimate(information) for information in outputs),
         optimality=_estimate(optimality(inputs[0], outputs[0])),
-        distance=Estimate(float(distance), error),
+        distance=Estimate(float(cast("Tensor", bound.distance)), error),
         layers=layers,
     )
 
@@ -223,5 +226,9 @@ def _mean(informations: list[MutualInformation]) -> MutualInformation:
     )
 
 
-def _estimate(figure: MutualInformation | Optimality) -> Estimate:
+def _mean_estimate(figures: list[Estimate]) -> Estimate:
+    return Estimate(fmean(figure.value for figure in figures), fmean(figure.std_error for figure in figures))
+
+
+def _estimate(figure: MutualInformation | Optimality | SoftEntropy) -> Estimate:
     return Estimate(float(figure.value), float(figure.std_error))

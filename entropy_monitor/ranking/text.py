@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from entropy_monitor.errors import ConfigError, EntropyMonitorError
+from entropy_monitor.ranking.reason import reason
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -48,8 +49,13 @@ class TextSample:
         try:
             ids_T = torch.as_tensor(tokenize(text))
         except Exception as error:  # user code may raise anything
-            reason = f"{type(error).__name__}: {error}"
-            raise EntropyMonitorError(f"expected token ids of {self.path}; the tokenizer raised {reason}") from error
+            raise EntropyMonitorError(
+                f"expected token ids of {self.path}; the tokenizer raised {reason(error)}: correct it"
+            ) from error
+        if not ids_T.numel():
+            raise EntropyMonitorError(
+                f"expected token ids of {self.path}; the tokenizer gave none: correct it, or give another --text"
+            )
         if ids_T.ndim != 1 or ids_T.is_floating_point() or ids_T.is_complex():
             raise EntropyMonitorError(
                 f"expected the tokenizer to give a list of integers; found shape {tuple(ids_T.shape)} of "

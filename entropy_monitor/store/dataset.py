@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from entropy_monitor.catalog import METRICS
+from entropy_monitor.catalog import METRICS, RUN_PREFIX
 from entropy_monitor.store import layout
 from entropy_monitor.store.metrics_reader import MetricsReader
 from entropy_monitor.types import PHASES, REGIMES, STAGES
@@ -50,9 +50,12 @@ def metrics_dataset(objects: Objects, attempt: Attempt) -> xr.Dataset:
         attributes |= {"n": int(samples[0]) if is_constant else f"see num_{metric.samples}"}
         for name in (metric.name, f"{metric.name}_se"):
             variables[name] = (("step", "layer"), _layer_table(blocks, layers, name)[keep], attributes)
+        mean = f"Mean over the layers that are determined; its standard error is an upper bound. {metric.description}"
+        for name in (RUN_PREFIX + metric.name, f"{RUN_PREFIX}{metric.name}_se"):
+            variables[name] = ("step", _column(blocks, name)[keep], {**attributes, "long_name": mean})
     recorded = (name for block in blocks for name in block.layout.scalars)
     for name in dict.fromkeys((*_RUN_SCALARS, *recorded)):
-        if name not in _INDICES and name not in _CODES:
+        if name not in _INDICES and name not in _CODES and name not in variables:
             variables[name] = ("step", _column(blocks, name)[keep])
     variables["attempt"] = ("step", attempts[keep])
     for name, meanings in _CODES.items():

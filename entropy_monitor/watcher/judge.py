@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from entropy_monitor.catalog import RUN_PREFIX
 from entropy_monitor.errors import ConfigError
 from entropy_monitor.gapt import GatedPhaseTransition, GateOptions, GateState
 from entropy_monitor.rows import state_from_row, state_to_row
@@ -15,7 +16,7 @@ from entropy_monitor.watcher.controller import Decision, Situation, decide
 from entropy_monitor.watcher.detectors.refine import refine_period
 from entropy_monitor.watcher.feed import LossFeed
 from entropy_monitor.watcher.findings import decision_event, fault_event, trend_events
-from entropy_monitor.watcher.row import RUN_PREFIX, RunFigure, run_figures, step_scalars
+from entropy_monitor.watcher.row import RunFigure, run_figures, step_scalars
 from entropy_monitor.watcher.trends import Trends, TrendState, update_trends
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from entropy_monitor.catalog import METRICS
+from entropy_monitor.catalog import METRICS, RUN_PREFIX
 from entropy_monitor.store import MetricsLayout, MetricsRow
 from entropy_monitor.types import PHASES
 
@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from entropy_monitor.watcher.follow import JoinedStep
     from entropy_monitor.watcher.window import WindowExtent
 
-RUN_PREFIX = "run_"
-"""Before the name of a metric: its mean over the layers."""
 _METRIC_COLUMNS = tuple(name for metric in METRICS for name in (metric.name, f"{metric.name}_se"))
 
 

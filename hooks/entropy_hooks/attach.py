@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from entropy_monitor.config import MonitorOptions
-    from entropy_monitor.store import Run
 
 _monitors: weakref.WeakKeyDictionary[nn.Module, Monitor] = weakref.WeakKeyDictionary()
 _processes: set[int] = set()
@@ -56,7 +55,8 @@ def attach(
         run: directory of the run; else ``ENTROPY_MONITOR_RUN``, ``run`` in ``./monitor.toml``, or ``runs/TIME``.
         probe: for ``exact_alignment_every`` and ``observe="probe"``, a function that runs the model it is given on a
             fixed batch and returns the 0-d loss. Else the first training batch is the probe, with the loss that the
-            model returns or the cross-entropy of each next token. The model's own code and hooks see these runs.
+            model returns or the cross-entropy of each next token. The model's own code and hooks see these runs: what
+            they count in Python attributes is not undone.
         **options: fields of `entropy_monitor.config.MonitorOptions`.
 
     Returns:
@@ -70,6 +70,10 @@ def attach(
     _check(optimizer, Optimizer, "optimizer")
     if probe is not None and not callable(probe):
         raise ConfigError(f"expected probe to be a function of the model; found {type(probe).__name__}: give one")
+    if probe is not None and not config.hooks.exact_alignment_every and config.hooks.observe == "training":
+        raise ConfigError(
+            "expected exact_alignment_every or observe='probe' beside probe; found neither: set one, or leave probe out"
+        )
     inner = unwrap(model)
     if (existing := _monitors.get(inner)) is not None and existing.enabled:
         return existing
@@ -89,7 +93,7 @@ def attach(
     _processes.add(os.getpid())
     try:
         opened = create_run(config.run or time.strftime("runs/%Y%m%d-%H%M%S"))
-        attempt = agree_on_attempt(opened.objects, rank, lambda: _record(target, config.hooks, opened, world_size))
+        attempt = agree_on_attempt(opened.objects, rank, lambda: _record(target, config.hooks, world_size))
         if rank == 0:
             trim_vanished_ranks(opened.objects, world_size, config.hooks.keep)
     except (EntropyMonitorError, OSError, RuntimeError) as error:  # RuntimeError: the process group's store is gone
@@ -115,7 +119,7 @@ def _is_disabled() -> bool:
     return mode == "disabled"
 
 
-def _record(target: Target, options: MonitorOptions, run: Run, world_size: int) -> dict[str, Any]:
+def _record(target: Target, options: MonitorOptions, world_size: int) -> dict[str, Any]:
     """What is worth knowing of this start of the trainer, months later.
 
     Returns:

@@ -24,7 +24,8 @@ def audit(probe: Probe, layers: Sequence[str]) -> torch.Tensor | None:
 
     Returns:
         Cosines ``[L, 2]``, float32, on the device: over the weight of the last linear layer that makes the layer's
-        output, and over all parameters that are trained; NaN where there is none. None where the probe has no loss.
+        output, and over all parameters that are trained; NaN where there is none. None where the probe has no
+        loss, or no layer with an entropy that depends on a parameter.
     """
     roots: dict[str, EntropyRoot | None] = {}
     weights: dict[str, torch.Tensor] = {}
@@ -40,6 +41,9 @@ def audit(probe: Probe, layers: Sequence[str]) -> torch.Tensor | None:
         parameters = {name: entry for name, entry in probe.model.named_parameters() if entry.requires_grad}
         names = {id(parameter): name for name, parameter in parameters.items()}
         found = alignment_of_roots(run.loss, roots, parameters)
+        # Behind it: reentrant checkpointing leaves no roots either, and is refused there with torch's own words.
+        if all(root is None for root in roots.values()):
+            return None
         cosines_L2 = torch.full((len(layers), 2), float("nan"), device=run.loss.device)
         for row_2, layer in zip(cosines_L2, layers, strict=True):
             if layer in found:

@@ -17,14 +17,15 @@ class Faults:
         self._counts: Counter[str] = Counter()
 
     def count(self, kind: str, detail: object, number: int = 1) -> None:
-        """Count a fault; the first of each kind is logged with its detail."""
+        """Count a fault; the first of each kind is logged with its detail, in one line."""
         with self._lock:
             first = kind not in self._counts
             self._counts[kind] += number
         if first:
             error = detail if isinstance(detail, BaseException) else None
             described = f"{type(error).__name__}: {error}" if error is not None else str(detail)
-            logger.warning("%s: %s (training goes on; further ones are only counted)", kind, described)
+            one_line = " ".join(described.split())
+            logger.warning("%s: %s (training goes on; further ones are only counted)", kind, one_line)
             if error is not None:
                 logger.debug("%s", kind, exc_info=error)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -125,6 +126,7 @@ class FrameAssembler:
             alignment = transfer.add("alignment", parts_LG3, torch.float32)
             info = transfer.add("alignment_info", info_L4, torch.float32)
         exact = self._add_exact(transfer, observed, device) if self._exact_layers else None
+        audit = exact if observed.exact_alignment is not None else None
         nan = torch.full((), float("nan"), device=device)
         figures = [nan if figure is None else figure.detach().float() for figure in (observed.loss, observed.grad_norm)]
         scalars = transfer.add("scalars", torch.stack([figure.to(device) for figure in figures]), torch.float64)
@@ -132,6 +134,7 @@ class FrameAssembler:
         def build() -> FrameData:
             self._count_non_finite(blocks, record.step)
             loss, grad_norm = scalars.tolist()
+            self._count_failed_probe(loss, audit, record.step)
             return FrameData(
                 attempt=record.attempt,
                 step=record.step,
@@ -192,6 +195,16 @@ class FrameAssembler:
     def _count_non_finite(self, blocks: list[torch.Tensor], step: int) -> None:
         if not all(bool(torch.isfinite(block[0]).all()) for block in blocks):
             self._faults.count("non_finite", f"activations at step {step} hold NaN or infinity: undetermined there")
+
+    def _count_failed_probe(self, loss: float, audit_L2: torch.Tensor | None, step: int) -> None:
+        """Looked at here, on the host: to ask for the loss where it is made would wait for the device."""
+        nothing_found = audit_L2 is not None and bool(audit_L2.isnan().all())
+        if nothing_found or (self._options.observe == "probe" and not math.isfinite(loss)):
+            self._faults.count(
+                "probe_failed",
+                "expected a finite loss on the probe batch, with a finite gradient that is not zero; found at step "
+                f"{step} one that is not: give attach(probe=...) another batch or loss",
+            )
 
 
 def _unscaled(gradient: torch.Tensor | None, scale: torch.Tensor | float) -> torch.Tensor | None:

@@ -128,12 +128,12 @@ class Observer:
         if not torch.is_grad_enabled() or self.passes.in_backward:
             return  # evaluation, or a checkpoint around the whole model that runs it again
         self.passes.enter_forward()
-        if self.on_inputs is not None:
-            self.on_inputs(args, kwargs)
         self._hooked.clear()
         self._running.clear()
         if self.sampling and self.passes.is_last():
             self.capture = Capture()
+        if self.on_inputs is not None:  # last: it meets classes of the user's, and must not cost the frame
+            self.on_inputs(args, kwargs)
 
     def _leave_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self.passes.leave_forward()
@@ -222,7 +222,8 @@ class Observer:
             capture.too_short = True
             self._faults.count(
                 "batch_too_short",
-                f"expected sequences of 8 tokens or more; found {tuple(sequences.shape[:2])} in {layer}",
+                f"expected sequences of 8 tokens or more; found {tuple(sequences.shape[:2])} in {layer}: train on "
+                "longer ones, or give attach(token_dim=...) if tokens lie along another axis",
             )
             return
         if not capture.sample.fits(sequences):

@@ -11,7 +11,8 @@ import torch
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from entropy_hooks.capture import LinearSample
-from entropy_hooks.probe_loss import find_loss
+from entropy_hooks.probe_batch import detached_copy
+from entropy_hooks.probe_loss import depends_on, find_loss
 from entropy_hooks.taps import first_embedding, first_tensor
 from entropy_hooks.tokens import axes_of
 from entropy_hooks.undisturbed import is_sharded, undisturbed
@@ -67,9 +68,16 @@ class Probe:
         """False once it is known that this model cannot be probed."""
 
     def keep_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Without a function of the user's, the first training batch is the probe."""
-        if self._function is None and self._inputs is None:
-            self._inputs = _copied(args), _copied(kwargs)
+        """Without a function of the user's, the first training batch is the probe; never raises."""
+        if self._function is None and self._inputs is None and self.usable:
+            try:
+                self._inputs = detached_copy((args, kwargs))
+            except Exception as error:  # whatever the user's own classes do when they are copied
+                self._give_up(
+                    "probe_batch_not_kept",
+                    f"expected a first batch that can be copied; found {type(error).__name__}: {error}: "
+                    "give attach(probe=...)",
+                )
 
     @contextlib.contextmanager
     def run(self, see: Callable[[LayerRun], None]) -> Generator[ProbeRun | None]:
@@ -102,7 +110,7 @@ class Probe:
                 output: Any = self._function(self.model)
             else:
                 assert self._inputs is not None
-                args, kwargs = _copied(self._inputs)  # a model may write into what it is given
+                args, kwargs = detached_copy(self._inputs)  # a model may write into what it is given
                 output = self.model(*args, **kwargs)
         finally:
             watch.remove()  # checkpointed blocks run again in the backward pass: that is not looked at
@@ -121,6 +129,13 @@ class Probe:
                 f"expected the model's loss on the probe batch; found {_described(output)}: give attach(probe=...), a "
                 "function of the model that returns a 0-d loss",
             )
+        elif not depends_on(loss, self.model.parameters()):
+            self._give_up(
+                "probe_failed",
+                "expected a loss that depends on the model's trained parameters; found none of them in its graph: give "
+                "attach(probe=...), a function that runs the model it is given",
+            )
+            return None
         return loss
 
     def _give_up(self, kind: str, detail: str) -> None:
@@ -180,7 +195,8 @@ class _Watch:
         if not num_sequences or length < PATCH_LENGTH:
             self._faults.count(
                 "batch_too_short",
-                f"expected a probe of 8 tokens a sequence or more; found {(num_sequences, length)} in {layer}",
+                f"expected a probe of 8 tokens a sequence or more; found {(num_sequences, length)} in {layer}: give "
+                "attach(probe=...) longer sequences, or token_dim if its tokens lie along another axis",
             )
             return
         linear, edge = self._running.pop(layer, {}).get(z.shape[-1], (None, None))
@@ -189,22 +205,8 @@ class _Watch:
         self._see(LayerRun(layer, z, axes, linear, edge))
 
 
-def _copied(value: Any) -> Any:
-    """Copy the tensors of nested arguments, so that neither a loader nor the model can change them.
-
-    Returns:
-        The same structure; what holds no tensors is the same object.
-    """
-    if isinstance(value, torch.Tensor):
-        return value.detach().clone()
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_copied(entry) for entry in value))
-    if isinstance(value, list | tuple):
-        return type(value)(_copied(entry) for entry in value)
-    if type(value) is dict:
-        return {key: _copied(entry) for key, entry in value.items()}
-    return value
-
-
 def _described(output: Any) -> str:
-    return f"a tensor {tuple(output.shape)}" if isinstance(output, torch.Tensor) else type(output).__name__
+    tensor = first_tensor(output)
+    what = f"a tensor {tuple(output.shape)}" if isinstance(output, torch.Tensor) else type(output).__name__
+    without = tensor is not None and not tensor.requires_grad
+    return f"{what} without a gradient (torch.no_grad or detach)" if without else what

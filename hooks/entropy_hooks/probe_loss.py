@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.autograd.graph import get_gradient_edge
 from torch.nn import functional as F
 
 from entropy_hooks.taps import first_tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 
 def find_loss(output: Any, ids: torch.Tensor | None, num_ids: int, *, sequence_first: bool) -> torch.Tensor | None:
@@ -37,6 +41,29 @@ def find_loss(output: Any, ids: torch.Tensor | None, num_ids: int, *, sequence_f
     if scores.shape[-1] < num_ids or ids.shape[1] < 2 or not scores.requires_grad:
         return None
     return F.cross_entropy(scores[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten().long())
+
+
+def depends_on(loss: torch.Tensor, parameters: Iterable[torch.Tensor]) -> bool:
+    """Walk the graph of a loss until it meets one of the parameters; nothing is computed.
+
+    Args:
+        loss: a tensor that requires a gradient.
+        parameters: parameters; frozen ones are in no graph.
+
+    Returns:
+        Whether one of them is met.
+    """
+    wanted = {id(parameter) for parameter in parameters}
+    waiting: list[Any] = [get_gradient_edge(loss).node]
+    seen: set[Any] = set(waiting)
+    while waiting:
+        node = waiting.pop()
+        if id(getattr(node, "variable", None)) in wanted:  # where a gradient is accumulated into a leaf
+            return True
+        before = {previous for previous, _ in node.next_functions if previous is not None} - seen
+        seen |= before
+        waiting.extend(before)
+    return False
 
 
 def _entry(output: Any, name: str) -> Any:

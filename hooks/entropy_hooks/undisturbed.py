@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import random
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -27,8 +29,10 @@ def is_sharded(model: nn.Module) -> bool:
 def undisturbed(model: nn.Module) -> Generator[None]:
     """Put the model in eval mode, on copies of its parameters and buffers, with gradients on and autocast off.
 
-    Within, whatever the model's code does to random state, parameters or buffers is undone at the end, with or without
-    an exception. Backward passes belong within too: checkpointed blocks run again in them.
+    Within, whatever the model's code does to the random state (of torch, Python and numpy), to parameters or to buffers
+    is undone at the end, with or without an exception. Backward passes belong within too: checkpointed blocks run again
+    in them. Not undone: Python attributes that ``forward`` counts in, a submodule that the probe function replaces, and
+    generators of the user's own.
 
     Args:
         model: the user's module, unwrapped.
@@ -36,6 +40,8 @@ def undisturbed(model: nn.Module) -> Generator[None]:
     devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng([device for device in devices if device.type == "cuda"]))
+        stack.callback(random.setstate, random.getstate())
+        stack.callback(np.random.set_state, np.random.get_state())
         stack.enter_context(torch.enable_grad())
         for kind in {"cpu", *(device.type for device in devices)}:
             stack.enter_context(torch.autocast(kind, enabled=False))

@@ -39,6 +39,21 @@ FACTORIES = """
         return model
 
     def no_blocks(): return nn.Sequential(nn.Embedding(256, 8), nn.Linear(8, 8))
+    def silent():
+        model = make()
+        for block in model.blocks:
+            block.register_forward_hook(lambda module, arguments, output: 0 * output)
+        return model
+
+    def loud():
+        print("loading weights")
+        model = make()
+        model.register_forward_pre_hook(lambda module, arguments: print("forward"))
+        return model
+
+    def no_ids(): return make(), lambda text: []
+    def bad_tokenizer(): return make(), lambda text: "".join(["x", 3])
+    def leaving(): raise SystemExit(5)
     def raising(): raise RuntimeError("no such thing")
     def nothing(): pass
 """
@@ -111,6 +126,33 @@ def test_the_table_shows_ranks_figures_and_units(directory: Path) -> None:
     assert len(rows) == 2
     assert all("±" in row and "4096" in row and make in row for row in rows)
     assert "nats" in found.stdout
+    # Soft entropy, optimality and distance have errors; of the information the note says where they are.
+    assert all(row.count("±") == 3 for row in rows)
+    assert "± is one standard error; those of I are in --json" in found.stdout
+
+
+def test_what_models_print_is_not_in_the_result(directory: Path) -> None:
+    given = ["rank", f"{directory / 'factories.py'}:loud", "--text", directory / "text", "--json"]
+    found = entropy_monitor(*given, "--block", "64", "--max-tokens", "4096", "--layers", "blocks.0")
+    assert found.returncode == 0, found.stderr
+    (model,) = json.loads(found.stdout)["models"]
+    assert model["num_tokens"] == 4096
+    assert found.stderr.splitlines() == ["loading weights"] + ["forward"] * 8
+
+
+def test_a_model_without_directions_is_undetermined_beside_one_with(directory: Path) -> None:
+    make, silent = (f"{directory / 'factories.py'}:{name}" for name in ("make", "silent"))
+    given = ["rank", silent, make, "--text", directory / "text", "--block", "64", "--max-tokens", "4096"]
+    shown = entropy_monitor(*given)
+    assert shown.returncode == 0, shown.stderr
+    (line,) = [line for line in shown.stdout.splitlines() if silent in line]
+    assert line.split() == ["-", silent, *["undetermined"] * 5, "4096"]
+    assert "nan" not in shown.stdout
+    found = json.loads(entropy_monitor(*given, "--json").stdout)
+    ranks = {model["name"]: model["rank"] for model in found["models"]}
+    assert ranks == {make: 1, silent: None}
+    undetermined = {"value": None, "std_error": None}
+    assert found["models"][1]["soft_entropy"] == found["models"][1]["optimality"] == undetermined
 
 
 def test_a_hugging_face_directory_is_ranked_beside_a_factory(directory: Path, tmp_path: Path) -> None:
@@ -138,6 +180,10 @@ BAD: dict[str, tuple[list[str], int, str]] = {
     "block beyond the context": (["{d}/factories.py:make", "--block", "128"], 1, "--block within its context"),
     "wrong layers": (["{d}/factories.py:make", "--layers", "heads.*"], 2, "expected layers among"),
     "no such device": (["{d}/factories.py:make", "--device", "abacus"], 2, "found abacus"),
+    "device without numbers": (["{d}/factories.py:make", "--device", "meta"], 2, "found meta"),
+    "tokenizer gives nothing": (["{d}/factories.py:no_ids"], 1, "the tokenizer gave none"),
+    "tokenizer raises": (["{d}/factories.py:bad_tokenizer"], 1, "the tokenizer raised TypeError"),
+    "factory leaves": (["{d}/factories.py:leaving"], 1, "it raised SystemExit: 5"),
     "wrong option": (["{d}/factories.py:make", "--batch", "0"], 2, "--batch"),
 }
 

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from entropy_monitor.estimators import gradient_alignment, patch_matrix_entropy
+from entropy_monitor.estimators import gradient_alignment, layer_estimates, patch_matrix_entropy
 
 
 def draw(*shape, seed=0, dtype=torch.float64):
@@ -117,9 +117,20 @@ def test_a_single_patch_has_a_cosine_but_no_standard_error():
     assert alignment.std_error.isnan()
 
 
+@pytest.mark.parametrize("align", [gradient_alignment, lambda z, g: layer_estimates(z, g).alignment])
+@pytest.mark.parametrize("scale", [1.0, 1e-60])
+def test_precisions_may_differ(align, scale):
+    z, g = draw(64, 6), draw(64, 6, seed=1)
+    expected = gradient_alignment(z, g)
+    for found in (align(z.float(), scale * g), align(z, g.float()), align(z.float(), (scale * g).numpy())):
+        assert found.cosine.item() == pytest.approx(expected.cosine.item(), abs=1e-5)
+        assert found.std_error.item() == pytest.approx(expected.std_error.item(), abs=1e-5)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
+        (lambda: layer_estimates(torch.ones(16, 3), torch.ones(8, 3)), r"g: expected the shape of z, \(16, 3\)"),
         (lambda: gradient_alignment(torch.ones(16, 3), torch.ones(16, 2)), r"g: expected the shape of z, \(16, 3\)"),
         (lambda: gradient_alignment(torch.ones(7, 3), torch.ones(7, 3)), "patch: expected 1 to 7.*found 8"),
         (lambda: gradient_alignment(torch.ones(16, 3), torch.ones(16, 3), num_groups=1), "num_groups: .* found 1"),

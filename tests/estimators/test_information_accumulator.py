@@ -11,6 +11,7 @@ from entropy_monitor.estimators import (
     mutual_information,
     reference_points,
     soft_entropy,
+    soft_entropy_estimate,
 )
 from entropy_monitor.estimators.reservoir import NUM_ROWS, patch_priorities
 
@@ -159,6 +160,48 @@ def test_an_empty_accumulator_knows_nothing_and_adds_nothing():
     assert_same(empty, full)
 
 
+def test_a_stream_without_any_direction_is_undetermined():
+    z, labels = stream(64)
+    nothing = accumulated([(torch.zeros_like(z), labels), (z * math.nan, labels)])
+    assert (nothing.num_samples, nothing.num_undetermined) == (0, 128)
+    for correction in ("rarefied", "none"):
+        found = nothing.mutual_information("x", correction)
+        assert all(getattr(found, figure).isnan() for figure in FIGURES)
+        assert found[4:] == (0, 0, "none")
+    assert all(figure.isnan() for figure in nothing.entropy_estimate())
+    nothing.update(z, labels)
+    assert_same(nothing, accumulated([(z, labels)]))
+
+
+def test_a_patch_longer_than_what_is_held_is_refused():
+    assert SoftEntropyAccumulator(8, patch=NUM_ROWS).num_samples == 0
+    with pytest.raises(ValueError, match="patch: expected at most 16384 tokens, those held; found 16385"):
+        SoftEntropyAccumulator(8, patch=NUM_ROWS + 1)
+
+
+@pytest.mark.parametrize("patch", [1, 8])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_entropy_has_the_error_and_the_correction_of_one_shot(patch, normalize):
+    z, labels = stream(320 * patch + 5)
+    cut = 160 * patch
+    found = accumulated([rows_of(z, labels, slice(0, cut)), rows_of(z, labels, slice(cut, None))], patch=patch)
+    expected = soft_entropy_estimate(z.double(), patch=patch, normalize=normalize)
+    for ours, theirs in zip(found.entropy_estimate(normalize), expected, strict=True):
+        assert ours.item() == pytest.approx(theirs.item(), rel=1e-4)
+    alone = accumulated([rows_of(z, labels, slice(0, patch))], patch=patch).entropy_estimate()
+    assert alone.plug_in.isfinite()
+    assert alone.std_error.isnan()
+
+
+def test_the_error_of_a_long_streams_entropy_is_scaled_from_the_rows_held():
+    z, labels = stream(4 * NUM_ROWS, num_features=4)
+    found = accumulated([(z, labels)], 4, patch=8).entropy_estimate()
+    expected = soft_entropy_estimate(z, patch=8)
+    assert found.plug_in.item() == pytest.approx(expected.plug_in.item(), abs=1e-6)
+    assert found.std_error.item() == pytest.approx(expected.std_error.item(), rel=0.1)
+    assert found.bias.item() == pytest.approx(expected.bias.item(), rel=0.1)
+
+
 def test_labels_are_optional():
     z, _ = stream(64)
     accumulator = SoftEntropyAccumulator(8)
@@ -188,8 +231,9 @@ def test_bad_batches_are_refused_and_leave_the_counts_alone():
     z, labels = stream(64)
     accumulator = accumulated([(z, labels)])
     for arguments, message in (
-        ((z[None], labels), r"z: expected \[n, d\], found \(1, 64, 8\)"),
-        ((z[:, :4], labels), r"reference_points: expected \[m, 4\]"),
+        ((z[None], labels), r"z: expected \[n, 8\], found \(1, 64, 8\)"),
+        ((z[:, :4], labels), r"z: expected \[n, 8\], found \(64, 4\)"),
+        ((z, labels["x"]), "labels: expected sets by name, found a Tensor: pass"),
         ((z, {"x": labels["x"]}), r"labels: expected the sets \['x', 'y'\], found \['x'\]"),
         ((z, {**labels, "y": labels["y"][:5]}), r"labels: expected 64 integers.*found \(5,\)"),
     ):

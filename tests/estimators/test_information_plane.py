@@ -157,6 +157,14 @@ def test_optimality_is_undetermined_where_its_denominator_is_not_clear_of_zero(v
     assert optimality(figure(0.21, 0.1), figure(0.4, 0.1)).value.isfinite()
 
 
+@pytest.mark.parametrize("unknown", [math.nan, math.inf])
+def test_optimality_of_an_unknown_error_is_undetermined(unknown):
+    for errors in ((unknown, 0.1), (0.1, unknown)):
+        found = optimality(figure(1.0, errors[0]), figure(0.4, errors[1]))
+        assert found.value.isnan()
+        assert found.std_error.isnan()
+
+
 @pytest.mark.parametrize(("label_information", "bound"), [(None, 1.0), (0.75, 0.75), (3.0, 1.0)])
 def test_bound_is_the_lesser_information(label_information, bound):
     found = information_bottleneck_bound(figure(1.0), label_information, output_information=figure(0.5))

@@ -64,11 +64,19 @@ def test_temperatures_are_computed_once():
         ((2, 10, "bounds"), "bounds needs at least 3 features, found 2: use exact"),
         ((1, 10, "exact"), "exact needs at least 2 features, found 1: use leading-order"),
         ((5000, 100, "exact"), "exact has no digits left at 5000 features.*use bounds"),
+        ((2, 10**6), "exact has no digits left at 2 features.*ask for fewer bins"),
+        ((3, 10**12), "exact has no digits left at 3 features.*ask for fewer bins"),
     ],
 )
 def test_what_has_no_solution_is_refused_with_a_remedy(arguments, message):
     with pytest.raises(ValueError, match=message):
         soft_temperature(*arguments)
+
+
+def test_the_remedies_work():
+    assert soft_temperature(5000, 100, "bounds") == pytest.approx(1 / math.sqrt(2 * 5000 * math.log(100)), rel=0.01)
+    assert divergence_by_quadrature(soft_temperature(2, 10**3), 2) == pytest.approx(math.log(10**3), rel=1e-3)
+    assert 0 < soft_temperature(3, 10**6) < soft_temperature(3, 10**3)
 
 
 def test_reference_points_are_unit_vectors_that_fill_the_sphere():

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -55,6 +57,13 @@ class AlwaysDropping(Normalised):
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         return F.dropout(super().forward(tokens), 0.2, training=True)
+
+
+class DrawingElsewhere(Normalised):
+    """Draws from Python's and numpy's global generators."""
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return super().forward(tokens) * (1 + random.random() + np.random.rand())
 
 
 class Renormalised(Normalised):
@@ -142,6 +151,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "batch norm and a counter": Normalised,
     "a buffer replaced": Replacing,
     "dropout in eval mode too": AlwaysDropping,
+    "draws from Python and numpy": DrawingElsewhere,
     "max_norm": Renormalised,
     "max_norm, frozen": RenormalisedFrozen,
     "tied weights": tied_gpt,
@@ -172,8 +182,11 @@ class Seen:
 
     def run(self, steps: int, **options: Any) -> Seen:
         torch.manual_seed(7)
+        random.seed(7)
+        np.random.seed(7)
         self.job.run(steps, **options)
         self.random_state = torch.get_rng_state()
+        self.other_random_state = random.getstate(), np.random.get_state()[1].tolist(), np.random.get_state()[2]
         return self
 
     def assert_same(self, expected: Seen) -> None:
@@ -181,6 +194,7 @@ class Seen:
         assert self.job.losses == expected.job.losses
         assert self.calls == expected.calls
         assert torch.equal(self.random_state, expected.random_state)
+        assert self.other_random_state == expected.other_random_state
         ours, theirs = self.job.model.state_dict(), expected.job.model.state_dict()
         assert list(ours) == list(theirs)
         for name, value in ours.items():

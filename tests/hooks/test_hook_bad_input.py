@@ -61,6 +61,7 @@ def check_refusal(error: pytest.ExceptionInfo[ConfigError], *parts: str) -> None
         ({"exact_alignment_every": 10, "every": 4}, "multiple of every, 4"),
         ({"observe": "both"}, "observe training or probe"),
         ({"probe": 3}, "probe"),
+        ({"probe": lambda model: model}, "exact_alignment_every or observe='probe'"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )

@@ -62,6 +62,8 @@ def test_training_is_bit_identical(run: Path, name: str, accumulate: int) -> Non
     ("protection", "name"),
     [
         ("torch.random.fork_rng", "dropout in eval mode too"),
+        ("random.setstate", "draws from Python and numpy"),
+        ("numpy.random.set_state", "draws from Python and numpy"),
         ("entropy_hooks.undisturbed._on_copies", "batch norm and a counter"),
         ("entropy_hooks.undisturbed._on_copies", "a buffer replaced"),
         ("entropy_hooks.undisturbed._on_copies", "max_norm"),

@@ -1,3 +1,4 @@
+import sys
 import textwrap
 
 import pytest
@@ -20,6 +21,7 @@ FACTORIES = """
         return model
     def two(path, width): return nn.Linear(2, width)
     def raising(): raise KeyError("no\\nsuch\\nkey")
+    def leaving(): raise SystemExit(5)
     def nothing(): pass
     def wrong_tokenizer(): return nn.Linear(2, 3), "words"
     constant = 3
@@ -103,7 +105,8 @@ def test_what_is_not_there_is_said_before_anything_is_loaded(factories, tmp_path
 @pytest.mark.parametrize(
     ("factory", "message"),
     [
-        ("raising", "it raised KeyError"),
+        ("raising", "it raised KeyError: .*: correct it"),
+        ("leaving", "it raised SystemExit: 5: correct it"),
         ("nothing", r"to return a torch module or \(module, tokenize\); found nothing"),
         ("wrong_tokenizer", "found a tuple"),
     ],
@@ -118,3 +121,40 @@ def test_a_file_that_cannot_be_imported_is_one_line(tmp_path):
     (tmp_path / "broken.py").write_text("def make(:\n")
     with pytest.raises(ConfigError, match=r"expected to import .*broken.py; it raised SyntaxError"):
         find_source(f"{tmp_path / 'broken.py'}:make")
+
+
+def test_a_file_that_leaves_when_imported_is_one_line(tmp_path):
+    (tmp_path / "script.py").write_text("raise SystemExit('usage: ...')")
+    with pytest.raises(ConfigError, match=r"expected to import .*script.py; it raised SystemExit: usage: ...: correct"):
+        find_source(f"{tmp_path / 'script.py'}:make")
+
+
+def test_files_import_their_neighbours_and_not_each_others(tmp_path):
+    path, modules = list(sys.path), set(sys.modules)
+    for folder, width in (("one", 3), ("two", 5)):
+        (tmp_path / folder / "package").mkdir(parents=True)
+        (tmp_path / folder / "package" / "__init__.py").write_text(f"width = {width}")
+        (tmp_path / folder / "neighbour.py").write_text("from package import width\n")
+        source = "from neighbour import width\nfrom torch import nn\ndef make(): return nn.Linear(2, width)\n"
+        (tmp_path / folder / "factory.py").write_text(source)
+    for folder, width in (("one", 3), ("two", 5)):
+        assert load(f"{tmp_path / folder / 'factory.py'}:make").model.out_features == width
+    assert sys.path == path
+    assert not {"neighbour", "package", "factory"} & (set(sys.modules) - modules)
+
+
+def test_a_file_named_like_a_library_does_not_replace_it(tmp_path):
+    import json
+
+    (tmp_path / "json.py").write_text("from torch import nn\ndef make(): return nn.Linear(2, 3)\n")
+    assert load(f"{tmp_path / 'json.py'}:make").model.out_features == 3
+    assert sys.modules["json"] is json
+
+
+def test_an_at_sign_in_a_folder_is_no_checkpoint(factories, tmp_path):
+    folder = tmp_path / "a@b"
+    folder.mkdir()
+    (folder / "m.py").write_text(factories.read_text())
+    (folder / "w:1@2").write_text("0.5")
+    assert isinstance(load(f"{folder / 'm.py'}:plain").model, nn.Linear)
+    assert (load(f"{folder / 'm.py'}:from_checkpoint@{folder / 'w:1@2'}").model.weight == 0.5).all()

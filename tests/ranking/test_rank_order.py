@@ -50,6 +50,11 @@ def test_undetermined_models_have_no_rank_and_come_last():
     assert places((math.nan, math.nan), (0.1, 0.01)) == [("1", 1, False), ("0", None, False)]
 
 
+@pytest.mark.parametrize("error", [math.nan, math.inf])
+def test_a_figure_of_unknown_error_is_never_clearly_different(error):
+    assert places((0.9, error), (0.1, 0.01), (0.2, error)) == [("1", 1, False), ("0", None, False), ("2", None, False)]
+
+
 @given(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 0.3)), min_size=1, max_size=8), st.randoms())
 def test_the_order_given_decides_nothing_but_the_order_of_equals(figures, random):
     shuffled = figures.copy()

@@ -7,7 +7,7 @@ from torch import nn
 
 from entropy_monitor.demo.model import ByteGPT, GPTOptions
 from entropy_monitor.errors import ConfigError, EntropyMonitorError
-from entropy_monitor.estimators import SoftEntropyAccumulator, soft_entropy
+from entropy_monitor.estimators import SoftEntropyAccumulator, soft_entropy_estimate
 from entropy_monitor.ranking import RankOptions, ngram_labels, score_model
 
 OPTIONS = RankOptions(max_tokens=4096, block=64, batch=4)
@@ -64,7 +64,9 @@ def test_streaming_gives_what_all_activations_at_once_give():
     labels = ngram_labels(ids, 64)
     for layer in found.layers:
         z = kept[layer.layer].flatten(0, 1)
-        assert layer.soft_entropy == pytest.approx(float(soft_entropy(z, normalize=True)), abs=1e-5)
+        entropy = soft_entropy_estimate(z, patch=8, normalize=True)
+        assert layer.soft_entropy.value == pytest.approx(float(entropy.value), abs=1e-5)
+        assert layer.soft_entropy.std_error == pytest.approx(float(entropy.std_error), rel=1e-3)
         at_once = SoftEntropyAccumulator(32, patch=8)
         at_once.update(z, labels)
         for order in (1, 2, 3):
@@ -79,9 +81,8 @@ def test_streaming_gives_what_all_activations_at_once_give():
 def test_the_batch_size_is_no_matter():
     model, ids = byte_gpt(), text()
     one, many = (score(model, ids, RankOptions(max_tokens=4096, block=64, batch=batch)) for batch in (1, 100))
-    for figure in ("soft_entropy", "num_tokens"):
-        assert getattr(one, figure) == pytest.approx(getattr(many, figure), abs=1e-6)
-    for figure in ("optimality", "distance"):
+    assert one.num_tokens == many.num_tokens
+    for figure in ("soft_entropy", "optimality", "distance"):
         assert getattr(one, figure).value == pytest.approx(getattr(many, figure).value, abs=1e-5)
 
 
@@ -105,7 +106,9 @@ def test_means_over_blocks_are_means():
     for index in range(3):
         values = [layer.input_information[index].value for layer in found.layers]
         assert found.input_information[index].value == pytest.approx(sum(values) / 2, abs=1e-9)
-    assert found.soft_entropy == pytest.approx(sum(layer.soft_entropy for layer in found.layers) / 2)
+    for figure in ("value", "std_error"):
+        means = [getattr(layer.soft_entropy, figure) for layer in found.layers]
+        assert getattr(found.soft_entropy, figure) == pytest.approx(sum(means) / 2)
     ratio = found.output_information[0].value / found.input_information[0].value
     assert found.optimality.value == pytest.approx(ratio)
 
@@ -119,6 +122,20 @@ def test_a_block_that_says_nothing_has_no_optimality():
     found = score(Blocks(Constant()), text())
     assert math.isnan(found.optimality.value)
     assert found.input_information[0].value == pytest.approx(0, abs=1e-5)
+
+
+def test_a_model_whose_activations_are_all_zero_is_undetermined():
+    found = score(Blocks(Loud(lambda z: 0 * z)), text())
+    assert found.layers[0].num_undetermined == 960
+    for estimate in (found.soft_entropy, *found.input_information, *found.output_information, found.optimality):
+        assert math.isnan(estimate.value)
+        assert not estimate.is_known
+
+
+def test_one_patch_gives_no_optimality_as_its_error_is_unknown():
+    found = score(Blocks(nn.Identity()), text(8), RankOptions(max_tokens=8, block=8))
+    assert not found.optimality.is_known
+    assert math.isnan(found.optimality.value)
 
 
 def test_no_activation_outlives_its_forward_pass():

@@ -35,6 +35,10 @@ def test_no_more_is_read_than_is_needed(tmp_path):
     assert len(sample.content) < 1000
 
 
+def raise_lines(text):
+    raise ValueError("two\n lines")
+
+
 @pytest.mark.parametrize(
     ("tokenize", "message"),
     [
@@ -42,12 +46,15 @@ def test_no_more_is_read_than_is_needed(tmp_path):
         (lambda text: [[1, 2]], r"list of integers; found shape \(1, 2\)"),
         (lambda text: 1 / 0, "the tokenizer raised ZeroDivisionError"),
         (lambda text: "words", "the tokenizer raised"),
+        (lambda text: [], "the tokenizer gave none: correct it, or give another --text"),
+        (raise_lines, "the tokenizer raised ValueError: two lines: correct it"),
     ],
 )
 def test_a_tokenizer_that_gives_something_else_is_named(tmp_path, tokenize, message):
     sample = read_text(write(tmp_path / "text", b"text"), max_tokens=16)
-    with pytest.raises(EntropyMonitorError, match=message):
+    with pytest.raises(EntropyMonitorError, match=message) as raised:
         sample.tokens(tokenize)
+    assert "\n" not in str(raised.value)
 
 
 def test_a_tokenizer_needs_utf_8(tmp_path):

@@ -228,7 +228,8 @@ def test_information_is_recorded_with_its_window_and_goes_on_after_a_restart(
         determined = np.isfinite(expected[name].values)
         assert determined.any()
         assert (np.isfinite(found[name].values) == determined).all()
-    assert found["mi_input_1"].attrs["n"] == "see num_window_tokens"
+    for name in ("mi_input_1", "run_mi_input_1", "run_mi_input_1_se"):
+        assert (found[name].attrs["unit"], found[name].attrs["n"]) == ("nats", "see num_window_tokens")
 
 
 @pytest.mark.parametrize("damage", ["missing", "flipped", "another version"])

@@ -67,8 +67,8 @@ def test_a_cycle_is_claimed_only_where_the_null_is_rejected(seed: int, figure: s
     values = np.array(series)
     assert len(values) == 600
     assert np.isfinite(values).mean() > 0.95
-    if claimed:
-        assert chance(values[np.isfinite(values)]) < 0.01
+    is_rejected = chance(values[np.isfinite(values)]) < 0.01
+    assert is_rejected or not claimed
 
 
 def test_the_offline_null_tells_a_cycle_from_noise() -> None:
@@ -81,13 +81,17 @@ def test_the_offline_null_tells_a_cycle_from_noise() -> None:
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_the_recorded_runs_as_a_whole(seed: int) -> None:
     """What the detectors say of them, all three alike: fitting, then compression; alignments that oscillate fast."""
-    state, stages, undersampled = TrendState(), [], False
+    state, stages, undersampled, told_to_stop = TrendState(), [], False, []
     for step, figures in recorded(seed):
         state, trends = update_trends(state, step, figures, window_samples=37)
         undersampled = undersampled or trends.weight_sign.is_undersampled
         assert not trends.cycle.is_cycle
+        if trends.plateau.is_stopped:
+            told_to_stop.append(step)
         if not stages or trends.plane.stage != stages[-1]:
             stages.append(trends.plane.stage)
     assert [stage for stage in stages if stage != "undetermined"] == ["fitting", "compression"]
     assert undersampled
-    assert trends.plateau.earliest <= trends.plateau.stopped_at <= trends.plateau.latest
+    # Eight windows of 37 samples after the first: and two runs improve later, which takes the advice back.
+    assert 724 <= told_to_stop[0] <= 734
+    assert trends.plateau.is_stopped == (seed == 1)

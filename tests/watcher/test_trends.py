@@ -115,7 +115,7 @@ def test_a_cycle_is_claimed_with_its_period_and_chance():
 
 
 def test_layers_that_are_blanked_for_a_while_do_not_turn_the_sign_of_the_mean():
-    """Four layers of constant alignment, mean -0.1; steering leaves the lower two undetermined in every second phase."""
+    """Four layers of constant alignment, mean -0.1; steering leaves two undetermined in every second phase."""
     rng = np.random.default_rng(0)
     rows = []
     for index in range(1200):
