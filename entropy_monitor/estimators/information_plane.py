@@ -88,9 +88,7 @@ def information_plane(
     num_tokens = len(p_NLM)
     num_rows = len(range(*rows.indices(num_tokens)))
     if not num_rows:
-        raise ValueError(
-            f"influence: expected rows of the {num_tokens} in p, found {influence}: take the newest ones"
-        )
+        raise ValueError(f"influence: expected rows of the {num_tokens} in p, found {influence}: take the newest ones")
     with torch.no_grad():
         sides = [
             refined_information(p_NLM, labels, correction=correction, patch=patch, influence=rows, seed=seed)

@@ -9,11 +9,15 @@ import torch
 from entropy_monitor.estimators.alignment import Alignment, alignment_of_patches, scaled_gradient
 from entropy_monitor.estimators.fitted_influence import fitted_von_neumann
 from entropy_monitor.estimators.inputs import Array, as_samples, full_precision, largest_entry, split_patches, trace
-from entropy_monitor.estimators.sample_entropies import SampleEntropies, entropies_of_prepared
+from entropy_monitor.estimators.sample_entropies import SampleEntropies, entropies_of_prepared, von_neumann
 
 if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
+
+
+_ENOUGH_TO_FIT = 16
+"""Patches from which the error of S1 may be fitted."""
 
 
 class LayerEstimates(NamedTuple):
@@ -89,7 +93,9 @@ def _whole_sample(unit_BPD: Tensor, own_mass_B: Tensor) -> SampleEntropies | Non
     num_patches, patch = unit_BPD.shape[-3:-1]
     if num_patches < 2:
         return None
-    return entropies_of_prepared(unit_BPD.flatten(-3, -2), own_mass_B, patch, fitted_von_neumann)
+    # Of few patches the fit is not good enough, and the exact form is cheap.
+    gives_s1 = fitted_von_neumann if num_patches >= _ENOUGH_TO_FIT else von_neumann
+    return entropies_of_prepared(unit_BPD.flatten(-3, -2), own_mass_B, patch, gives_s1)
 
 
 def _order_two(gram_BPP: Tensor) -> Tensor:

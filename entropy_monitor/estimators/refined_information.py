@@ -73,10 +73,9 @@ def refined_information(
     share_LM = table.sums_VLM[: len(finest_U)].sum(0) / num_tokens
     entropy_L = entropy_of_shares(share_LM.double())
     sample_RLM = p_NLM[influence]
-    generator = torch.Generator().manual_seed(seed)
-    sums_BLM = sum_patches(sample_RLM.flatten(1), patch).unflatten(1, share_LM.shape)
-    size_B = sum_patches(torch.ones_like(sample_RLM[:, 0, :1]), patch)[:, 0]
-    total_bias_L = bias_of_total(sums_BLM, size_B, share_LM, num_tokens)
+    # As if tokens were independent: likeness within a patch lowers H(Z) and H(Z|X) alike, to second order, and what is
+    # learned of H(Z|X) does not know of it. Counted here alone, it would be taken for information.
+    total_bias_L = bias_of_total(sample_RLM, torch.ones_like(sample_RLM[:, 0, 0]), share_LM, num_tokens)
     orders: list[OrderInformation] = []
     for label_N, set_U in zip(labels, table.sets, strict=True):
         count_U, entropy_UL = table.count_V[set_U], entropy_VL[set_U]
@@ -85,6 +84,7 @@ def refined_information(
         psi_RL = influences(sample_RLM, table.sums_VLM, table.count_V, set_U[label_R], share_LM)
         bias = None
         if correction == "rarefied":
+            generator = torch.Generator().manual_seed(seed)  # each order as it would be by itself
             bias = conditional_bias(p_NLM, label_N, count_U, entropy_UL, entropy_L, generator)
             psi_RL = psi_RL - bias.added_by_one_UL[label_R]
         psi_BL = sum_patches(psi_RL - psi_RL.mean(0), patch)

@@ -96,14 +96,14 @@ def sample_entropies(
     """
     z_ND = _blocked(z, block, normalize, center)
     with torch.no_grad(), full_precision(z_ND):
-        return entropies_of_prepared(z_ND, _own_mass(z_ND, block), block, _von_neumann)
+        return entropies_of_prepared(z_ND, _own_mass(z_ND, block), block, von_neumann)
 
 
 def entropies_of_prepared(
     z_ND: Float[Tensor, "*batch n d"],
     own_mass_B: Float[Tensor, "*batch b"],
     block: int,
-    von_neumann: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    gives_s1: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
 ) -> SampleEntropies:
     """Finish `sample_entropies` for rows that are scaled already.
 
@@ -111,14 +111,14 @@ def entropies_of_prepared(
         z_ND: centred, normalised and scaled as wanted, entries of at most 1.
         own_mass_B: ``sum k_ij^2`` over the pairs within each block.
         block: tokens drawn together.
-        von_neumann: gives S1 and each token's influence from rows and Gram matrix.
+        gives_s1: S1 and each token's influence from rows and Gram matrix, such as `von_neumann`.
 
     Returns:
         `SampleEntropies`, detached.
     """
     gram_SS = small_gram(z_ND)
     s2, s2_std_error = _entropy_of_pairs(*_pair_sums(z_ND, gram_SS, own_mass_B, block))
-    s1, influence_N = von_neumann(z_ND, gram_SS)
+    s1, influence_N = gives_s1(z_ND, gram_SS)
     s1_std_error = sum_blocks(influence_N, block).square().sum(-1).sqrt()
     return SampleEntropies(s1, s1_std_error, s2, s2_std_error)
 
@@ -169,7 +169,7 @@ def _entropy_of_pairs(trace_pairs_B: Tensor, mass_pairs_B: Tensor) -> tuple[Tens
     return trace_pairs.log() - mass_pairs.log(), std_error
 
 
-def _von_neumann(z_ND: Tensor, gram_SS: Tensor) -> tuple[Tensor, Tensor]:
+def von_neumann(z_ND: Tensor, gram_SS: Tensor) -> tuple[Tensor, Tensor]:
     """Give S1 and each token's ``<z_i, h_i> / 2 = -((K log A)_ii + S1 k_ii) / T``, ``A = K / T``.
 
     Returns:

@@ -52,7 +52,7 @@ NO_NUMBERS = {
     "objects": np.array([[1, "a"]], dtype=object),
     "words": [["a", "b"]],
     "nothing": None,
-    "long double": np.ones((4, 4), np.longdouble),
+    "dates": np.zeros((4, 4), "datetime64[s]"),
 }
 
 
