@@ -15,6 +15,7 @@ from entropy_monitor.estimators.rarefaction import conditional_bias
 from entropy_monitor.estimators.refined_information import (
     Correction,
     OrderInformation,
+    bias_of_tokens,
     bias_of_total,
     check_correction,
     covariance,
@@ -266,5 +267,5 @@ class SoftEntropyAccumulator:
             bias = conditional_bias(p_R1M, place_R, table.count_U, entropy_U1, entropy_1, generator)
             psi_R1 = psi_R1 - bias.added_by_one_UL[place_R]
         psi_B1 = reservoir.sum_patches(psi_R1 - psi_R1.mean(0))
-        total_bias_1 = bias_of_total(p_R1M, torch.ones_like(p_R1M[:, 0, 0]), share_1M, num_tokens)
+        total_bias_1 = bias_of_tokens(p_R1M, share_1M, num_tokens)
         return order_information(plug_in_1, bias, total_bias_1, psi_B1, len(p_R1M), num_tokens, len(table.label_U))

@@ -73,9 +73,8 @@ def refined_information(
     share_LM = table.sums_VLM[: len(finest_U)].sum(0) / num_tokens
     entropy_L = entropy_of_shares(share_LM.double())
     sample_RLM = p_NLM[influence]
-    # As if tokens were independent: likeness within a patch lowers H(Z) and H(Z|X) alike, to second order, and what is
-    # learned of H(Z|X) does not know of it. Counted here alone, it would be taken for information.
-    total_bias_L = bias_of_total(sample_RLM, torch.ones_like(sample_RLM[:, 0, 0]), share_LM, num_tokens)
+    rarefied = correction == "rarefied"
+    total_bias_L = bias_of_tokens(sample_RLM, share_LM, num_tokens) if rarefied else torch.zeros_like(entropy_L)
     orders: list[OrderInformation] = []
     for label_N, set_U in zip(labels, table.sets, strict=True):
         count_U, entropy_UL = table.count_V[set_U], entropy_VL[set_U]
@@ -83,7 +82,7 @@ def refined_information(
         label_R = label_N[influence]
         psi_RL = influences(sample_RLM, table.sums_VLM, table.count_V, set_U[label_R], share_LM)
         bias = None
-        if correction == "rarefied":
+        if rarefied:
             generator = torch.Generator().manual_seed(seed)  # each order as it would be by itself
             bias = conditional_bias(p_NLM, label_N, count_U, entropy_UL, entropy_L, generator)
             psi_RL = psi_RL - bias.added_by_one_UL[label_R]
@@ -129,6 +128,23 @@ def bias_of_total(
     mean_LM = sums_BLM.sum(0) / num_rows
     squares_LM = (sums_BLM - size_B[:, None, None] * mean_LM).square_().sum(0)
     return second_order(squares_LM, share_LM, len(sums_BLM)).double() / (num_rows * num_tokens)
+
+
+def bias_of_tokens(
+    p_RLM: Float[Tensor, "r l m"], share_LM: Float[Tensor, "l m"], num_tokens: int
+) -> Float[Tensor, " l"]:
+    """`bias_of_total` as if tokens were independent, for use within information.
+
+    Likeness within a patch lowers H(Z) and H(Z|X) alike, to second order, and what is learned of H(Z|X) knows nothing of
+    it: counted in H(Z) alone, it would be taken for information.
+
+    Returns:
+        Nats, fp64; NaN for a single token.
+    """
+    num_rows = len(p_RLM)
+    # The sum of squares by its norm reads p once and writes nothing.
+    squares_LM = torch.linalg.vector_norm(p_RLM, dim=0).square() - num_rows * p_RLM.mean(0).square()
+    return second_order(squares_LM.clamp_min(0), share_LM, num_rows).double() / (num_rows * num_tokens)
 
 
 def order_information(
@@ -179,9 +195,17 @@ def influences(p_RLM: Tensor, sums_VLM: Tensor, count_V: Tensor, set_R: Tensor, 
     """
     step = max(1, _ENTRIES_AT_ONCE // share_LM.numel())
     log_share_LM = safe_log(share_LM)
+    # Logarithms are most of the work: of the labels where these are fewer than the rows, else of the rows' own.
+    log_ratio_VLM = None
+    if len(p_RLM) > len(sums_VLM):
+        log_ratio_VLM = safe_log(sums_VLM / count_V[:, None, None]).sub_(log_share_LM)
     chunks: list[Tensor] = []
     for first in range(0, len(p_RLM), step):
         few = slice(first, first + step)
-        share_RLM = sums_VLM[set_R[few]] / count_V[set_R[few], None, None]
-        chunks.append(safe_log(share_RLM).sub_(log_share_LM).mul_(p_RLM[few]).sum(-1))
+        if log_ratio_VLM is None:
+            share_RLM = sums_VLM[set_R[few]] / count_V[set_R[few], None, None]
+            log_ratio_RLM = safe_log(share_RLM).sub_(log_share_LM)
+        else:
+            log_ratio_RLM = log_ratio_VLM[set_R[few]]
+        chunks.append(log_ratio_RLM.mul_(p_RLM[few]).sum(-1))
     return torch.cat(chunks).double()
