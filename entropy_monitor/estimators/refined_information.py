@@ -135,8 +135,8 @@ def bias_of_tokens(
 ) -> Float[Tensor, " l"]:
     """`bias_of_total` as if tokens were independent, for use within information.
 
-    Likeness within a patch lowers H(Z) and H(Z|X) alike, to second order, and what is learned of H(Z|X) knows nothing of
-    it: counted in H(Z) alone, it would be taken for information.
+    Likeness within a patch lowers H(Z) and H(Z|X) alike, to second order, and what is learned of H(Z|X) does not know
+    of it: counted in H(Z) alone, it would be taken for information.
 
     Returns:
         Nats, fp64; NaN for a single token.
