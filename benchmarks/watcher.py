@@ -16,6 +16,7 @@ import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -33,9 +34,13 @@ from entropy_monitor.store import (
 )
 from entropy_monitor.types import Frame, LayerGroup
 
+if TYPE_CHECKING:
+    from entropy_monitor.watcher.measure import FrameMeasurements
+    from entropy_monitor.watcher.soft import Assignments
+
 VOCABULARY = 50257
 DISTINCT = 8
-"""Frames drawn before the clock starts, and written in turns."""
+"""Activations drawn before the clock starts, and written in turns; the text is new in each frame."""
 
 
 def zipf_tokens(rng: np.random.Generator, num_tokens: int) -> np.ndarray:
@@ -66,9 +71,9 @@ def write_frames(path: Path, shape: tuple[int, int, int], rate_hz: float, count:
     rng = np.random.default_rng(1)
     contents = []
     for _ in range(DISTINCT):
-        tokens, z = draw(rng, *shape)
+        _, z = draw(rng, *shape)
         both = np.stack([z, rng.standard_normal(z.shape, dtype=np.float32)])
-        contents.append((tokens, (both.view(np.uint32) >> 16).astype(np.uint16)))
+        contents.append((both.view(np.uint32) >> 16).astype(np.uint16))
     parts = rng.standard_normal((num_layers, 16, 3), dtype=np.float32) + 2
     info = np.tile(np.float32([1, num_tokens / 8, num_tokens, 0]), (num_layers, 1))
     beat = {"state": "running", "attempt": attempt, "rank": 0, "step": 0}
@@ -76,7 +81,7 @@ def write_frames(path: Path, shape: tuple[int, int, int], rate_hz: float, count:
     began = time.monotonic()
     for index in range(count):
         time.sleep(max(0.0, began + index / rate_hz - time.monotonic()))
-        tokens, block = contents[index % DISTINCT]
+        tokens, block = zipf_tokens(rng, num_tokens), contents[index % DISTINCT]
         writer.write(
             layout,
             FrameData(
@@ -146,17 +151,23 @@ def growth(shapes: list[tuple[int, int, int]], rounds: int) -> None:
         window = InformationWindow()
         measured = measure_frames([frame])
         for step in range(-(-MIN_TOKENS // num_tokens)):
-            window.advance([replace(frame, step=step)], measured.assignments)
+            window.advance([replace(frame, step=step)], _with_new_text(measured, rng, num_tokens))
         costs = []
         for step in range(rounds):
             begun = time.process_time()
             measured = measure_frames([frame])
             between = time.process_time()
-            window.advance([replace(frame, step=1000 + step)], measured.assignments)
+            window.advance([replace(frame, step=1000 + step)], _with_new_text(measured, rng, num_tokens))
             costs.append((between - begun, time.process_time() - between))
         one, information = np.median(np.array(costs), axis=0)
         shape = f"{num_layers:6d} {num_tokens:6d} {width:5d}"
         print(f"{shape} {one:10.3f} {information:10.3f} {one + information:10.3f}", flush=True)
+
+
+def _with_new_text(measured: FrameMeasurements, rng: np.random.Generator, num_tokens: int) -> list[Assignments]:
+    """The same activations as if they belonged to a text not seen before: repeated text is not measured."""
+    text = torch.from_numpy(zipf_tokens(rng, num_tokens)).long()
+    return [assigned._replace(tokens_NW=text) for assigned in measured.assignments]
 
 
 def main() -> int:
