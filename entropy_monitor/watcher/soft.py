@@ -66,7 +66,7 @@ def join_layers(assignments: Sequence[Assignments]) -> list[Assignments]:
     """Put layers that were assigned few at a time, and share their tokens, beside each other.
 
     Returns:
-        One record for each set of ranks and width that layers share.
+        One record for each set of ranks whose tokens layers share.
     """
     alike: dict[tuple[object, ...], list[Assignments]] = {}
     for assigned in assignments:
