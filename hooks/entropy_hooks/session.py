@@ -15,6 +15,7 @@ from entropy_hooks.observer import Observer
 from entropy_hooks.optimizer_figures import gradient_norm, learning_rate
 from entropy_hooks.probe_sampler import ProbeSampler
 from entropy_hooks.pulse import Pulse
+from entropy_hooks.ranks import rank_and_world_size
 from entropy_hooks.scalars import ScalarsBatch
 from entropy_hooks.step_boundary import StepBoundary
 from entropy_hooks.weight_space import reduce_layers
@@ -64,7 +65,8 @@ class Session:
         self._exact: torch.Tensor | None = None
         """This step's exact alignment, if it is audited."""
         self.writer = Writer(run.objects, self._rank, self.attempt, options.keep, self._ring, faults)
-        self._pulse = Pulse(run, self._rank, steer=options.steer, fields=self._heartbeat, faults=faults)
+        ranks = (self.attempt, self._rank, rank_and_world_size()[1])
+        self._pulse = Pulse(run, ranks, steer=options.steer, fields=self._heartbeat, faults=faults)
         self._observer = Observer(target, options, faults, self.meter)
         self._probe: ProbeSampler | None = None
         if options.exact_alignment_every or options.observe == "probe":
@@ -172,7 +174,10 @@ class Session:
             self.step += 1
             self._last_step_at = time.time()
             self.meter.step()
-            self._phase.apply_pending(self._pulse, self.step)
+            try:
+                self._phase.apply_pending(self._pulse, self.step)
+            except Exception as error:  # the process group is gone, ...: the next boundary tries again
+                self._faults.count("commands_unreadable", error)
             self._begin_step()
 
     def _record_step(self) -> None:
