@@ -8,6 +8,10 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from entropy_hooks.budget import Cadence
+from entropy_hooks.cost import Overhead, StepCosts, host_clocks, overhead
 from entropy_hooks.frame import FrameAssembler, ObservedPass, StepRecord
 from entropy_hooks.host import Ring
 from entropy_hooks.meter import Meter
@@ -17,6 +21,7 @@ from entropy_hooks.probe_sampler import ProbeSampler
 from entropy_hooks.pulse import Pulse
 from entropy_hooks.ranks import rank_and_world_size
 from entropy_hooks.scalars import ScalarsBatch
+from entropy_hooks.shared_notes import share_notes
 from entropy_hooks.step_boundary import StepBoundary
 from entropy_hooks.weight_space import reduce_layers
 from entropy_hooks.writer import Writer
@@ -25,8 +30,7 @@ from entropy_monitor.types import PHASES
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    import torch
-
+    from entropy_hooks.cost import Clock
     from entropy_hooks.faults import Faults
     from entropy_hooks.host import Slot
     from entropy_hooks.loss import LossReading
@@ -56,6 +60,10 @@ class Session:
         self._last_step_at: float | None = None
         self._ended = False
         self.meter = Meter()
+        device = next((parameter.device for parameter in target.model.parameters()), torch.device("cpu"))
+        self._costs = StepCosts(host_clocks(self.meter), device)
+        notes = f"entropy_monitor/{run.objects.url}/{self.attempt}/cadence"
+        self.cadence = Cadence(options.every, options.max_overhead, self._costs, lambda: share_notes(notes))
         self._ring = Ring()
         self._scalars = ScalarsBatch(self._ring)
         self._assembler = FrameAssembler(options, tuple(target.taps), self._ring, faults)
@@ -73,6 +81,10 @@ class Session:
             self._probe = ProbeSampler(target, self._observer, options, faults)
         self._boundary = StepBoundary(target.optimizers, self._guard(self._before_step), self._guard(self._after_step))
         self._observer.on_forward = self._boundary.begin_forward
+
+    def overhead(self, clock: Clock | None = None) -> Overhead:
+        """What observing costs, see `cost.overhead`."""
+        return overhead(self._costs, self.meter, self.cadence.every, clock)
 
     def start(self) -> None:
         """Start the threads, and sample the first step if it is due."""
@@ -171,14 +183,17 @@ class Session:
         finally:  # whatever could not be recorded, the steps go on being counted
             self._observed = self._exact = None
             self._observer.end_step()
-            self.step += 1
+            was_sampled, self.step = self._sampled, self.step + 1
             self._last_step_at = time.time()
-            self.meter.step()
             try:
+                if was_sampled:
+                    self.cadence.after_sampled(self.step - 1)
                 self._phase.apply_pending(self._pulse, self.step)
             except Exception as error:  # the process group is gone, ...: the next boundary tries again
-                self._faults.count("commands_unreadable", error)
+                self._faults.count("notes_unreadable", error)
             self._begin_step()
+            self.meter.step()
+            self._costs.step(sampled=was_sampled)
 
     def _record_step(self) -> None:
         if self._observed is None and not self._observer.replays:
@@ -208,7 +223,7 @@ class Session:
             self._send_scalars()
 
     def _begin_step(self) -> None:
-        self._sampled = self.step % self._options.every == 0
+        self._sampled = self.cadence.is_sampled(self.step)
         sampling = self._sampled and self._options.observe == "training"
         self._observer.begin_step(sampling=sampling, weight=self._phase.weight_in_force)
 
@@ -272,12 +287,23 @@ class Session:
             "phase": self._phase.phase,
             "weight": self._phase.weight,
             "steer": self._options.steer,
-            "every": self._options.every,
+            "every": self.cadence.every,
             "last_step_at": self._last_step_at,
             "frames_committed": self.writer.committed,
             "frames_dropped": self.writer.dropped,
             "faults": self._faults.snapshot(),
-            "overhead_percent": self.meter.overhead_percent,
+            **self._overhead(),
+        }
+
+    def _overhead(self) -> dict[str, Any]:
+        stated, real = self.overhead(), self.overhead("wall")
+        return {
+            "overhead_percent": stated.percent,
+            "overhead_error_percent": stated.error_percent,
+            "overhead_samples": stated.num_pairs,
+            "overhead_source": stated.source,
+            "overhead_wall_percent": real.percent if real.num_pairs else None,
+            "overhead_wall_error_percent": real.error_percent,
         }
 
 
