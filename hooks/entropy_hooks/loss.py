@@ -1,7 +1,8 @@
 """The loss and its scale, read off the graph below the backward root before the pass frees it.
 
 GradScaler and gradient accumulation multiply the loss by constants; what is recorded is the loss before them, and what
-steering adds is multiplied by them.
+steering adds is multiplied by them. A sum that is divided is a mean, not a scaled loss: the Hugging Face Trainer divides
+each micro-batch's summed cross-entropy by the tokens of all micro-batches, a masked loss its sum by the mask's.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 
+_SUM = 2  # `at::Reduction::Sum`
 _MAX_DEPTH = 16  # scalar operations between a loss and its root; a longer chain is a model, not a scale
 
 
@@ -61,11 +63,22 @@ def _constant_factor(node: Any) -> tuple[torch.Tensor | float, bool]:
         if name == "MulBackward0":
             factor = factor * _constant(node, "_saved_other", "_saved_self")
         elif name == "DivBackward0":
-            if node.next_functions[0][0] is None:  # constant / loss is no scaling
-                break
+            if node.next_functions[0][0] is None or branches[0].name() == "SumBackward0":
+                break  # constant / loss is no scaling; sum / constant is the loss itself
             factor = factor / _constant(node, "_saved_other")
+            if _is_summed_cross_entropy(branches[0]):
+                return factor * _constant(branches[0], "_saved_total_weight"), False
         node = branches[0]
     return factor, False
+
+
+def _is_summed_cross_entropy(node: Any) -> bool:
+    """Such a node keeps the number of its targets, from which the mean is known whatever it was divided by.
+
+    Returns:
+        True or False.
+    """
+    return node.name() in {"NllLossBackward0", "NllLoss2DBackward0"} and node._saved_reduction == _SUM
 
 
 def _constant(node: Any, *names: str) -> torch.Tensor | float:

@@ -18,7 +18,7 @@ from entropy_hooks.capture import Capture, LinearSample
 from entropy_hooks.loss import LossReading, read_loss
 from entropy_hooks.micro_batches import MicroBatches
 from entropy_hooks.steering import Injector
-from entropy_hooks.taps import first_embedding, first_tensor
+from entropy_hooks.taps import first_embedding, first_tensor, parts
 from entropy_hooks.tokens import axes_of, draw_patches
 from entropy_hooks.weight_space import writes_features
 
@@ -63,10 +63,12 @@ class Observer:
         self.on_inputs: Callable[[tuple[Any, ...], dict[str, Any]], None] | None = None
         """Is called with the model's arguments at each training forward pass."""
         self._silent = False
+        self._pass_ended = True
         self._hooked: set[str] = set()
         self._running: dict[str, dict[int, LinearSample]] = {}
         self._handles: list[RemovableHandle] = []
         self._linear_handles: dict[tuple[str, nn.Module], RemovableHandle] = {}
+        self._part_handles: list[RemovableHandle] = []
         self._install(model, taps)
         backward.listen(self)
 
@@ -76,6 +78,11 @@ class Observer:
         add = self._handles.append
         add(model.register_forward_pre_hook(self._guard(self._enter_forward, always=True), with_kwargs=True))
         add(model.register_forward_hook(self._guard(self._leave_forward, always=True), always_call=True))
+        for part in parts(model, taps):
+            self._part_handles += (
+                part.register_forward_pre_hook(self._guard(self._enter_part, always=True)),
+                part.register_forward_hook(self._guard(self._leave_forward, always=True), always_call=True),
+            )
         embedding = first_embedding(model)
         if embedding is not None:
             add(embedding.register_forward_pre_hook(self._guard(self._see_tokens, always=True)))
@@ -90,9 +97,10 @@ class Observer:
     def remove(self) -> None:
         """Take every hook away; the model's dictionaries are as they were."""
         backward.unlisten(self)
-        for handle in (*self._handles, *self._linear_handles.values()):
+        for handle in (*self._handles, *self._part_handles, *self._linear_handles.values()):
             handle.remove()
         self._handles.clear()
+        self._part_handles.clear()
         self._linear_handles.clear()
         self.capture = None
 
@@ -125,18 +133,26 @@ class Observer:
     # ---- passes ------------------------------------------------------------------------------------------------------
 
     def _enter_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not torch.is_grad_enabled() or self.passes.in_backward:
-            return  # evaluation, or a checkpoint around the whole model that runs it again
-        self.passes.enter_forward()
+        if not self.passes.enter_forward(with_gradients=torch.is_grad_enabled()):
+            return
+        while self._part_handles:  # this loop calls the model as a whole
+            self._part_handles.pop().remove()
+        self._begin_pass()
+        if self.on_inputs is not None:  # last: it meets classes of the user's, and must not cost the frame
+            self.on_inputs(args, kwargs)
+
+    def _enter_part(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self.passes.enter_part(with_gradients=torch.is_grad_enabled())
+
+    def _leave_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self.passes.leave_forward()
+
+    def _begin_pass(self) -> None:
+        self._pass_ended = False
         self._hooked.clear()
         self._running.clear()
         if self.sampling and self.passes.is_last():
             self.capture = Capture()
-        if self.on_inputs is not None:  # last: it meets classes of the user's, and must not cost the frame
-            self.on_inputs(args, kwargs)
-
-    def _leave_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self.passes.leave_forward()
 
     def before_backward(self, roots: tuple[Any, ...], gradients: Any) -> None:
         """A backward pass from `roots` begins; see `backward.BackwardListener`."""
@@ -153,6 +169,7 @@ class Observer:
     def after_backward(self) -> None:
         """The backward pass has ended."""
         self.passes.leave_backward()
+        self._pass_ended = True
 
     def end_step(self) -> None:
         """Forget the step that has ended."""
@@ -171,6 +188,8 @@ class Observer:
     # ---- observation -------------------------------------------------------------------------------------------------
 
     def _capturing(self) -> Capture | None:
+        if self._pass_ended and self.passes.in_forward:  # of a part, or of a call that runs backward several times
+            self._begin_pass()
         return self.capture if self.sampling and self.passes.in_forward and self.passes.is_last() else None
 
     def _see_tokens(self, module: nn.Module, args: tuple[Any, ...]) -> None:

@@ -182,7 +182,9 @@ class Session:
             self._begin_step()
 
     def _record_step(self) -> None:
-        if self._observed is None:
+        capture = self._observer.capture
+        # A closure runs its pass within the step: a newer one than was looked at before it.
+        if self._observed is None or (capture is not None and capture is not self._observed.capture):
             self._observe_training()
         elif self._observed.grad_norm is None:
             self._observed.grad_norm = gradient_norm(self._target.optimizer)

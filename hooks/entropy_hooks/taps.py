@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from entropy_monitor.errors import ConfigError
 
@@ -31,6 +32,17 @@ def unwrap(model: nn.Module) -> nn.Module:
         if not isinstance(inner, nn.Module):
             return model
         model = inner
+
+
+def unwrap_optimizer(optimizer: Optimizer) -> Optimizer:
+    """The optimizer that steps, inside Accelerate's and Lightning's wrappers: theirs call no step hooks of their own.
+
+    Returns:
+        The innermost optimizer.
+    """
+    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer) and inner is not optimizer:
+        optimizer = inner
+    return optimizer
 
 
 def find_taps(model: nn.Module, layers: Sequence[str] | None) -> dict[str, nn.Module]:
@@ -68,6 +80,29 @@ def _residual_blocks(model: nn.Module) -> dict[str, nn.Module]:
         if same_class and len(module) > max(1, len(longest)):  # type: ignore[arg-type]
             longest = {f"{name}.{index}": child for index, child in enumerate(module)}  # type: ignore[arg-type]
     return longest
+
+
+def parts(model: nn.Module, taps: Collection[str]) -> list[nn.Module]:
+    """Modules that a training loop may call in the model's place: its children, and tapped layers with all above them.
+
+    Lightning calls ``training_step``, which may run ``self.encoder`` and ``self.decoder`` and never the module itself.
+
+    Args:
+        model: the unwrapped model.
+        taps: names of the tapped layers.
+
+    Returns:
+        The modules, in model order; containers, which nobody calls, are left out.
+    """
+    names = set(dict(model.named_children()))
+    for tap in taps:
+        pieces = tap.split(".")
+        names.update(".".join(pieces[:end]) for end in range(1, len(pieces) + 1))
+    return [
+        module
+        for name, module in model.named_modules()
+        if name in names and not isinstance(module, nn.ModuleList | nn.ModuleDict)
+    ]
 
 
 def _matching(model: nn.Module, layers: Sequence[str]) -> dict[str, nn.Module]:
