@@ -79,7 +79,9 @@ def attach(
         return existing
     faults = Faults()
     taps = find_taps(inner, config.hooks.layers)
-    target = Target(inner, unwrap_optimizer(optimizer), taps, steered_layers(tuple(taps), config.hooks.steer_layers), probe)
+    target = Target(
+        inner, unwrap_optimizer(optimizer), taps, steered_layers(tuple(taps), config.hooks.steer_layers), probe
+    )
     if _is_disabled():
         return Monitor(config.hooks, faults)
     if _processes and os.getpid() not in _processes:
