@@ -1,8 +1,8 @@
 """The loss and its scale, read off the graph below the backward root before the pass frees it.
 
 GradScaler and gradient accumulation multiply the loss by constants; what is recorded is the loss before them, and what
-steering adds is multiplied by them. A sum that is divided is a mean, not a scaled loss: a masked loss divides its sum by
-the mask's, the Hugging Face Trainer each micro-batch's summed cross-entropy by the tokens of all micro-batches.
+steering adds is multiplied by them. A sum that is divided is a mean, not a scaled loss: masked losses divide by the mask's
+sum, the Hugging Face Trainer each micro-batch's summed cross-entropy by the tokens of all micro-batches.
 """
 
 from __future__ import annotations

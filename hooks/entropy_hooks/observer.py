@@ -78,11 +78,8 @@ class Observer:
         add = self._handles.append
         add(model.register_forward_pre_hook(self._guard(self._enter_forward, always=True), with_kwargs=True))
         add(model.register_forward_hook(self._guard(self._leave_forward, always=True), always_call=True))
-        for part in parts(model, taps):
-            self._part_handles += (
-                part.register_forward_pre_hook(self._guard(self._enter_part, always=True)),
-                part.register_forward_hook(self._guard(self._leave_forward, always=True), always_call=True),
-            )
+        for part in parts(model, taps):  # entered before any hook below looks, left after all of them
+            self._part_handles.append(part.register_forward_pre_hook(self._guard(self._enter_part, always=True)))
         embedding = first_embedding(model)
         if embedding is not None:
             add(embedding.register_forward_pre_hook(self._guard(self._see_tokens, always=True)))
@@ -93,6 +90,9 @@ class Observer:
                     if writes_features(inner) is not None:
                         hook = self._guard(functools.partial(self._see_linear, name))
                         self._linear_handles[name, inner] = inner.register_forward_hook(hook)
+        for part in parts(model, taps):
+            leave = self._guard(self._leave_forward, always=True)
+            self._part_handles.append(part.register_forward_hook(leave, always_call=True))
 
     def remove(self) -> None:
         """Take every hook away; the model's dictionaries are as they were."""

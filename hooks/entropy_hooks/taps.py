@@ -51,7 +51,7 @@ def find_taps(model: nn.Module, layers: Sequence[str] | None) -> dict[str, nn.Mo
     Args:
         model: the unwrapped model.
         layers: names or globs; None takes the residual blocks (the longest `ModuleList` of one class), else recurrent
-            modules, else the top-level children.
+            modules, else the top-level children (of the sole child, where only one has parameters).
 
     Returns:
         Name to module, in model order.
@@ -65,7 +65,7 @@ def find_taps(model: nn.Module, layers: Sequence[str] | None) -> dict[str, nn.Mo
     if blocks:
         return blocks
     recurrent = {name: module for name, module in model.named_modules() if isinstance(module, nn.RNNBase)}
-    taps: dict[str, nn.Module] = {**recurrent} or dict(model.named_children())
+    taps: dict[str, nn.Module] = {**recurrent} or _children(model)
     if not taps:
         raise ConfigError(
             f"expected a model with submodules to observe; found {type(model).__name__} without any: give its parent"
@@ -103,6 +103,24 @@ def parts(model: nn.Module, taps: Collection[str]) -> list[nn.Module]:
         for name, module in model.named_modules()
         if name in names and not isinstance(module, nn.ModuleList | nn.ModuleDict)
     ]
+
+
+def _children(model: nn.Module, prefix: str = "") -> dict[str, nn.Module]:
+    children = {f"{prefix}{name}": child for name, child in model.named_children() if not _is_loss_or_metric(child)}
+    trained = [name for name, child in children.items() if next(child.parameters(), None) is not None]
+    if len(trained) == 1 and (inner := _children(children[trained[0]], f"{trained[0]}.")):
+        return inner
+    return children
+
+
+def _is_loss_or_metric(module: nn.Module) -> bool:
+    """A LightningModule keeps them beside its network; their output has no tokens.
+
+    Returns:
+        True or False.
+    """
+    packages = {".".join(kind.__module__.split(".")[:4]) for kind in type(module).__mro__}
+    return "torch.nn.modules.loss" in packages or any(package.startswith("torchmetrics.") for package in packages)
 
 
 def _matching(model: nn.Module, layers: Sequence[str]) -> dict[str, nn.Module]:
