@@ -80,10 +80,12 @@ class EntropyCallback(TrainingCallback, LightningCallback):
                 f"expected optimizer to be an index below {len(optimizers)}; found {self.optimizer}: "
                 "it counts what configure_optimizers returns"
             )
-        start_step, restored, self._restored_step = trainer.global_step, self._restored_step, None
-        if not pl_module.automatic_optimization:  # then it is the sum of all optimizers' steps
+        start_step, planned = trainer.global_step, trainer.estimated_stepping_batches
+        restored, self._restored_step = self._restored_step, None
+        if not pl_module.automatic_optimization:  # then both count the steps of all optimizers
             start_step = start_step // len(optimizers) if restored is None else restored
-        planned = trainer.estimated_stepping_batches
+            if trainer.max_steps > 0:
+                planned = min(planned, trainer.max_steps // len(optimizers))
         total_steps = int(planned) if math.isfinite(planned) and planned > 0 else None
         self.begin(pl_module, optimizers[self.optimizer], start_step=start_step, total_steps=total_steps)
 
