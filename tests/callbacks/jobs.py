@@ -5,6 +5,7 @@ A script defines jobs; ``main`` runs them all and prints a report of each, so th
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -22,7 +23,7 @@ import torch
 from entropy_monitor.store import CommandRequest, issue_command, open_run, read_status
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from torch import nn
 
@@ -45,6 +46,18 @@ def start(script: str, *arguments: object, prefix: tuple[str, ...] = (), **varia
         text=True,
         env={**clean, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **variables},
     )
+
+
+@contextlib.contextmanager
+def ended(*processes: subprocess.Popen[str]) -> Iterator[None]:
+    """Whatever a test did not wait for is killed in the end."""
+    try:
+        yield
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.kill()
+                process.communicate()
 
 
 def reports(process: subprocess.Popen[str], *, code: int = 0) -> dict[str, Any]:

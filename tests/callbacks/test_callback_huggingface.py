@@ -10,12 +10,12 @@ import pytest
 
 from entropy_monitor.errors import ConfigError
 
-from .jobs import check_same, found, free_port, reports, start
+from .jobs import check_same, ended, found, free_port, reports, start
 
 if TYPE_CHECKING:
+    import subprocess
+    from collections.abc import Iterator
     from pathlib import Path
-
-JOBS = "huggingface_jobs.py"
 
 
 @pytest.fixture(scope="module")
@@ -24,9 +24,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def jobs(folder: Path) -> dict[str, Any]:
-    """One process runs them all; the last raises out of it."""
-    return reports(start(JOBS, folder), code=1)
+def processes(folder: Path) -> Iterator[tuple[subprocess.Popen[str], subprocess.Popen[str]]]:
+    """All jobs of one rank, and two ranks of ``accelerate launch``; at once, for most of their time is importing."""
+    launch = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1")
+    options = ("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", free_port())
+    on_cpu = {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+    one = start("huggingface_jobs.py", folder)
+    two = start("huggingface_ranks.py", folder / "ranks" / "run", prefix=(*launch, *options), **on_cpu)
+    with ended(one, two):
+        yield one, two
+
+
+@pytest.fixture(scope="module")
+def jobs(processes: tuple[subprocess.Popen[str], ...]) -> dict[str, Any]:
+    """The last of them raises out of the process."""
+    return reports(processes[0], code=1)
 
 
 @pytest.mark.parametrize(
@@ -89,18 +101,14 @@ def test_an_exception_that_ends_the_process_leaves_every_frame(jobs: dict[str, A
     assert all(run["complete"])
 
 
-def test_two_ranks_of_accelerate_launch(folder: Path) -> None:
-    launch = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1")
-    options = ("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", free_port())
-    on_cpu = {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
-    run = folder / "ranks" / "run"
-    job = reports(start("huggingface_ranks.py", run, prefix=(*launch, *options), **on_cpu))
+def test_two_ranks_of_accelerate_launch(processes: tuple[subprocess.Popen[str], ...], folder: Path) -> None:
+    job = reports(processes[1])
     assert set(job) == {"rank 0", "rank 1"}
     for report in job.values():
         check_same(report["observed"], report["plain"])
         assert report["faults"] == {}
     assert job["rank 0"]["observed"]["truth"] != job["rank 1"]["observed"]["truth"], "each rank has its own batches"
-    kept = found(run)
+    kept = found(folder / "ranks" / "run")
     assert kept["started"] == [[0, 5, 2]]
     frames = sorted(zip(kept["ranks"], kept["steps"], kept["losses"], strict=True))
     assert [frame[:2] for frame in frames] == [(rank, step) for rank in (0, 1) for step in (0, 2, 4)]

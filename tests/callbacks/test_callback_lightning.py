@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from .jobs import check_same, found, free_port, reports, start
+from .jobs import check_same, ended, found, free_port, reports, start
 
 if TYPE_CHECKING:
+    import subprocess
+    from collections.abc import Iterator
     from pathlib import Path
 
 BLOCKS, PARTS = ["blocks.0", "blocks.1", "blocks.2"], ["encoder", "decoder"]
@@ -22,9 +24,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def jobs(folder: Path) -> dict[str, Any]:
-    """One process runs them all."""
-    return reports(start("lightning_jobs.py", folder))
+def processes(folder: Path) -> Iterator[tuple[subprocess.Popen[str], subprocess.Popen[str]]]:
+    """All jobs of one rank, and two ranks; at once, for most of their time is importing."""
+    launch = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port())
+    one = start("lightning_jobs.py", folder)
+    two = start("lightning_ranks.py", folder / "ranks", prefix=launch, CUDA_VISIBLE_DEVICES="")
+    with ended(one, two):
+        yield one, two
+
+
+@pytest.fixture(scope="module")
+def jobs(processes: tuple[subprocess.Popen[str], ...]) -> dict[str, Any]:
+    return reports(processes[0])
 
 
 @pytest.mark.parametrize(
@@ -95,9 +106,8 @@ def test_an_index_without_an_optimizer_is_refused(jobs: dict[str, Any]) -> None:
     assert not job["created"]
 
 
-def test_two_ranks(folder: Path) -> None:
-    launch = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port())
-    job = reports(start("lightning_ranks.py", folder / "ranks", prefix=launch, CUDA_VISIBLE_DEVICES=""))
+def test_two_ranks(processes: tuple[subprocess.Popen[str], ...], folder: Path) -> None:
+    job = reports(processes[1])
     assert len(job) == 6
     for report in job.values():
         check_same(report["observed"], report["plain"])

@@ -62,6 +62,8 @@ def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tu
     """All at once: most of their time is importing."""
     places = {guide: tmp_path_factory.mktemp(guide) for guide in FRAMES}
     started = {guide: (place, start(guide, place)) for guide, place in places.items()}
+    on_two_ranks = tmp_path_factory.mktemp("two_ranks")
+    started["plain_loop on two ranks"] = on_two_ranks, start("plain_loop", on_two_ranks, *TORCHRUN)
     yield started
     for _, process in started.values():
         if process.poll() is None:
@@ -91,11 +93,11 @@ def test_guide(guide: str, processes: dict[str, tuple[Path, subprocess.Popen[str
     assert "Traceback" not in output
 
 
-def test_the_plain_loop_on_two_ranks(tmp_path: Path) -> None:
-    process = start("plain_loop", tmp_path, *TORCHRUN)
+def test_the_plain_loop_on_two_ranks(processes: dict[str, tuple[Path, subprocess.Popen[str]]]) -> None:
+    place, process = processes["plain_loop on two ranks"]
     output, _ = process.communicate(timeout=110)
     assert process.returncode == 0, output
-    check("plain_loop", tmp_path, output, (0, 1))
+    check("plain_loop", place, output, (0, 1))
 
 
 def test_every_guide_is_run() -> None:
