@@ -22,7 +22,7 @@ from entropy_hooks.micro_batches import MicroBatches
 from entropy_hooks.probe_loss import depends_on
 from entropy_hooks.replay import Replay
 from entropy_hooks.steering import Injector
-from entropy_hooks.taps import first_embedding, first_tensor
+from entropy_hooks.taps import first_embedding, first_tensor, parts
 from entropy_hooks.tokens import axes_of, draw_patches
 from entropy_hooks.undisturbed import run_eagerly
 from entropy_hooks.weight_space import writes_features
@@ -67,12 +67,14 @@ class Observer:
         self.on_inputs: Callable[[tuple[Any, ...], dict[str, Any]], None] | None = None
         """Is called with the model's arguments at each training forward pass."""
         self._silent = False
+        self._pass_ended = True
         self._eagerly = contextlib.ExitStack()
         """Holds while a compiled model is made to run eagerly, so that it can be steered."""
         self._hooked: set[str] = set()
         self._running: dict[str, dict[int, LinearSample]] = {}
         self._handles: list[RemovableHandle] = []
         self._linear_handles: dict[tuple[str, nn.Module], RemovableHandle] = {}
+        self._part_handles: list[RemovableHandle] = []
         enter, leave = self._guard(self._enter_forward, always=True), self._guard(self._leave_forward, always=True)
         self.entry = Entry(target.called, target.model, enter, leave)
         self.replay = Replay(target, options, faults)
@@ -85,6 +87,8 @@ class Observer:
 
     def _install(self, taps: Mapping[str, nn.Module]) -> None:
         add = self._handles.append
+        for part in parts(self._model, taps):  # entered before any hook below looks, left after all of them
+            self._part_handles.append(part.register_forward_pre_hook(self._guard(self._enter_part, always=True)))
         if self._embedding is not None:
             add(self._embedding.register_forward_pre_hook(self._guard(self._see_tokens, always=True)))
         for name, module in taps.items():
@@ -94,14 +98,18 @@ class Observer:
                     if writes_features(inner) is not None:
                         hook = self._guard(functools.partial(self._see_linear, name))
                         self._linear_handles[name, inner] = inner.register_forward_hook(hook)
+        for part in parts(self._model, taps):
+            leave = self._guard(self._leave_forward, always=True)
+            self._part_handles.append(part.register_forward_hook(leave, always_call=True))
 
     def remove(self) -> None:
         """Take every hook away; the model's dictionaries are as they were."""
         backward.unlisten(self)
         self.entry.remove()
-        for handle in (*self._handles, *self._linear_handles.values()):
+        for handle in (*self._handles, *self._part_handles, *self._linear_handles.values()):
             handle.remove()
         self._handles.clear()
+        self._part_handles.clear()
         self._linear_handles.clear()
         self._eagerly.close()
         self.capture = self._forward = None
@@ -160,18 +168,16 @@ class Observer:
 
     def _enter_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._eagerly.close()  # a pass that raised may have left it open
-        if not torch.is_grad_enabled() or self.passes.in_backward:
-            self.passes.leave_forward()
-            return  # evaluation, or a checkpoint around the whole model that runs it again
+        if not self.passes.enter_forward(with_gradients=torch.is_grad_enabled()):
+            return
+        # This loop calls the model as a whole. A graph that was compiled with the hooks is left as it is.
+        while self._part_handles and not self.entry.compiled:
+            self._part_handles.pop().remove()
         if self.on_forward is not None:
             self.on_forward()
-        self.passes.enter_forward()
-        self._hooked.clear()
-        self._running.clear()
         if self.entry.compiled:
             self._enter_compiled(args, kwargs)
-        if self._direct and self.sampling and self.passes.is_last():
-            self._forward = Capture()
+        self._begin_pass()
         if self.on_inputs is not None:  # last: it meets classes of the user's, and must not cost the frame
             self.on_inputs(args, kwargs)
 
@@ -185,11 +191,21 @@ class Observer:
         if self.replays and self.passes.is_last():
             self.replay.keep_inputs(args, kwargs)
 
+    def _enter_part(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self.passes.enter_part(with_gradients=torch.is_grad_enabled())
+
     def _leave_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self._eagerly.close()
         if self.passes.in_forward and self.replays and self.passes.is_last():
             self.replay.keep_output(output, lambda: self.passes.in_backward and self.passes.is_last())
         self.passes.leave_forward()
+
+    def _begin_pass(self) -> None:
+        self._pass_ended = False
+        self._hooked.clear()
+        self._running.clear()
+        if self._direct and self.sampling and self.passes.is_last():
+            self._forward = Capture()
 
     def before_backward(self, roots: tuple[Any, ...], gradients: Any) -> None:
         """A backward pass from `roots` begins; see `backward.BackwardListener`."""
@@ -210,6 +226,7 @@ class Observer:
     def after_backward(self) -> None:
         """The backward pass has ended."""
         self.passes.leave_backward()
+        self._pass_ended = True
 
     def _look_for_compiled(self, roots: tuple[Any, ...]) -> None:
         """A backward pass whose forward pass was not seen: is it our model's, compiled since we looked?"""
@@ -241,6 +258,8 @@ class Observer:
     # ---- observation -------------------------------------------------------------------------------------------------
 
     def _capturing(self) -> Capture | None:
+        if self._pass_ended and self.passes.in_forward:  # of a part, or of a call that runs backward several times
+            self._begin_pass()
         return self._forward if self.sampling and self.passes.in_forward and self.passes.is_last() else None
 
     def _see_tokens(self, module: nn.Module, args: tuple[Any, ...]) -> None:

@@ -196,7 +196,10 @@ class Session:
             self._costs.step(sampled=was_sampled)
 
     def _record_step(self) -> None:
-        if self._observed is None and not self._observer.replays:
+        capture = self._observer.capture
+        # A closure runs its pass within the step: a newer one than was looked at before it.
+        newer = capture is not None and self._observed is not None and capture is not self._observed.capture
+        if not self._observer.replays and (self._observed is None or newer):
             self._observe_training()
         elif self._observed is not None and self._observed.grad_norm is None:
             self._observed.grad_norm = gradient_norm(self._target.optimizers)
