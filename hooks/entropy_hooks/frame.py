@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from entropy_hooks.weight_space import Sums, unknown_sums
 from entropy_hooks.writer import FrameJob
 from entropy_monitor.store import FrameData, FrameLayout, GroupLayout
 from entropy_monitor.types import PATCH_LENGTH, TOKEN_OFFSETS
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from entropy_hooks.capture import Capture
     from entropy_hooks.faults import Faults
@@ -109,7 +110,7 @@ class FrameAssembler:
             groups=groups,
             gradients=self._options.gradients,
             token_window=len(TOKEN_OFFSETS) if capture.token_ids is not None else 0,
-            alignment_layers=tuple(weight_space.parts) if weight_space is not None else (),
+            alignment_layers=weight_space.layers if weight_space is not None else (),
             exact_layers=self._exact_layers,
         )
         device = next(iter(capture.activations.values())).device
@@ -119,12 +120,7 @@ class FrameAssembler:
             for index, group in enumerate(groups)
         ]
         tokens = self._add_tokens(transfer, groups[0].num_tokens, capture) if layout.token_window else None
-        alignment = info = None
-        if weight_space is not None:
-            parts_LG3 = torch.stack(list(weight_space.parts.values()))
-            info_L4 = torch.stack([weight_space.info[layer] for layer in weight_space.parts])
-            alignment = transfer.add("alignment", parts_LG3, torch.float32)
-            info = transfer.add("alignment_info", info_L4, torch.float32)
+        host_sums = self._add_sums(transfer, weight_space) if weight_space is not None else None
         exact = self._add_exact(transfer, observed, device) if self._exact_layers else None
         audit = exact if observed.exact_alignment is not None else None
         nan = torch.full((), float("nan"), device=device)
@@ -135,6 +131,7 @@ class FrameAssembler:
             self._count_non_finite(blocks, record.step)
             loss, grad_norm = scalars.tolist()
             self._count_failed_probe(loss, audit, record.step)
+            sums = host_sums() if host_sums is not None else None
             return FrameData(
                 attempt=record.attempt,
                 step=record.step,
@@ -145,8 +142,8 @@ class FrameAssembler:
                 scalars={"loss": loss, "lr": record.lr, "grad_norm": grad_norm, "weight": record.weight},
                 groups=tuple(_bits(block) for block in blocks),
                 tokens=None if tokens is None else tokens.numpy(),
-                alignment=None if alignment is None else alignment.numpy(),
-                alignment_info=None if info is None else info.numpy(),
+                alignment=None if sums is None else sums.parts_LG3.numpy(),
+                alignment_info=None if sums is None else sums.info_L4.numpy(),
                 exact_alignment=None if exact is None else exact.numpy(),
             )
 
@@ -168,6 +165,29 @@ class FrameAssembler:
                 [_unscaled(gradient, observed.gradient_scale) for gradient in clean], block[1], num_tokens
             )
         return block
+
+    def _add_sums(self, transfer: _Transfer, weight_space: WeightSpace) -> Callable[[], Sums]:
+        """Move the weight-space sums, or leave it to the writer thread to make them.
+
+        Returns:
+            What gives them on the host, once the copy is finished.
+        """
+        if weight_space.sums is not None:
+            parts_LG3, info_L4 = weight_space.sums
+            on_host = Sums(
+                transfer.add("alignment", parts_LG3, torch.float32),
+                transfer.add("alignment_info", info_L4, torch.float32),
+            )
+            return lambda: on_host
+
+        def make() -> Sums:
+            try:
+                return Sums(*(part.float() for part in weight_space.make_sums()))
+            except Exception as error:  # the frame without them is worth keeping
+                self._faults.count("hook_error", error)
+                return unknown_sums(len(weight_space.layers))
+
+        return make
 
     def _add_exact(self, transfer: _Transfer, observed: ObservedPass, device: torch.device) -> torch.Tensor:
         cosines_L2 = observed.exact_alignment
