@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
     from entropy_hooks.capture import Capture
     from entropy_hooks.faults import Faults
-    from entropy_hooks.host import Ring, Slot
+    from entropy_hooks.host import HostCopy, Ring, Slot
     from entropy_hooks.weight_space import WeightSpace
     from entropy_monitor.config import MonitorOptions
 
@@ -113,13 +114,34 @@ class FrameAssembler:
             alignment_layers=weight_space.layers if weight_space is not None else (),
             exact_layers=self._exact_layers,
         )
+        move = functools.partial(self._move, observed, record, layout, slot)
+        if next(iter(capture.activations.values())).device.type == "cuda":
+            return FrameJob(layout, slot, *move())
+
+        def build() -> FrameData:  # no copy has to be started: laying the frame out is left to the writer too
+            copy, build_moved = move()
+            copy.finish()
+            return build_moved()
+
+        return FrameJob(layout, slot, self._ring.start_copy([], []), build)
+
+    def _move(
+        self, observed: ObservedPass, record: StepRecord, layout: FrameLayout, slot: Slot
+    ) -> tuple[HostCopy, Callable[[], FrameData]]:
+        """Start the copies into the slot's buffers.
+
+        Returns:
+            The copies, and what builds the frame once they are finished.
+        """
+        capture = observed.capture
         device = next(iter(capture.activations.values())).device
         transfer = _Transfer(slot, pinned=device.type == "cuda")
         blocks = [
             self._add_group(transfer, f"g{index}", group, observed, layout.gradients)
-            for index, group in enumerate(groups)
+            for index, group in enumerate(layout.groups)
         ]
-        tokens = self._add_tokens(transfer, groups[0].num_tokens, capture) if layout.token_window else None
+        tokens = self._add_tokens(transfer, layout.groups[0].num_tokens, capture) if layout.token_window else None
+        weight_space = observed.weight_space
         host_sums = self._add_sums(transfer, weight_space) if weight_space is not None else None
         exact = self._add_exact(transfer, observed, device) if self._exact_layers else None
         audit = exact if observed.exact_alignment is not None else None
@@ -147,7 +169,7 @@ class FrameAssembler:
                 exact_alignment=None if exact is None else exact.numpy(),
             )
 
-        return FrameJob(layout, slot, self._ring.start_copy(transfer.sources, transfer.targets), build)
+        return self._ring.start_copy(transfer.sources, transfer.targets), build
 
     def _add_group(
         self, transfer: _Transfer, name: str, group: GroupLayout, observed: ObservedPass, gradients: bool

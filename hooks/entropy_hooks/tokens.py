@@ -11,6 +11,7 @@ activation                    tokens
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass, field
 
 import torch
@@ -18,6 +19,9 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from entropy_monitor.types import PATCH_LENGTH, TOKEN_OFFSETS
+
+_declared: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
+"""Of each tapped module, whether it takes batches first: looking through all that is in it takes long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +79,10 @@ def axes_of(module: nn.Module, z: torch.Tensor, token_dim: int | None) -> TokenA
 
 def _batch_first(module: nn.Module) -> bool:
     """The module's own ``batch_first``, or that of a layer in it: a transformer layer keeps it in its attention."""
-    declared = (getattr(inner, "batch_first", None) for inner in module.modules())
-    return next((value for value in declared if isinstance(value, bool)), True)
+    if module not in _declared:
+        declared = (getattr(inner, "batch_first", None) for inner in module.modules())
+        _declared[module] = next((value for value in declared if isinstance(value, bool)), True)
+    return _declared[module]
 
 
 @dataclass(frozen=True, slots=True)
