@@ -9,14 +9,18 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from typing import TYPE_CHECKING
 from unittest import mock
 
 from _contenders import ours
-from _gpt import Job
 
-from entropy_hooks import frame, meter, observer, session, tokens, weight_space
+from entropy_hooks import frame, meter, observer, session, tokens
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from _gpt import Job
 
 
 class Profile:

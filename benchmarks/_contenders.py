@@ -33,6 +33,8 @@ class Attached:
     """Waits until background work of the steps so far is done."""
     dropped: Callable[[], int] = lambda: 0
     """Records given up so far."""
+    sampling: Callable[[], bool] = lambda: True
+    """Whether the step under way is sampled."""
 
 
 Watch = Callable[[Job, Path], AbstractContextManager[Attached]]
@@ -119,7 +121,11 @@ def ours(steer: bool = False, **options: object) -> Watch:
                 while monitor.phase != "compress" or (monitor.stats().step - 1) % monitor.options.every:
                     job.step()
             session = monitor._session
-            yield Attached(drain=lambda: session.writer.flush(60), dropped=lambda: monitor.stats().frames_dropped)
+            yield Attached(
+                drain=lambda: session.writer.flush(60),
+                dropped=lambda: monitor.stats().frames_dropped,
+                sampling=lambda: monitor.stats().step % monitor.options.every == 0,
+            )
             faults = dict(monitor.stats().faults)
             if faults:
                 print(f"faults: {faults}")

@@ -3,6 +3,8 @@
 GPT 6 x 256 on one torch thread, 25 capture points. Each contender's block of steps stands between two bare blocks;
 printed are medians over rounds of the added time, with quartiles and the standard error of the median. The peers are
 used where they are installed: ``run.py exec pip install tensorboard wandb delve``.
+
+``--device cuda`` measures GPT-2 124M on a GPU instead, ``--memory`` whether memory stays constant over 10,000 steps.
 """
 
 from __future__ import annotations
@@ -16,13 +18,15 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from _blocks import Block, Estimate, as_record, interleave, measure, overhead
+from _blocks import Block, Estimate, as_record, interleave, measure, overhead, sampled_step_overhead
 from _breakdown import breakdown
-from _contenders import CONTENDERS, Contender
+from _contenders import CONTENDERS, Contender, ours
 from _gpt import Job, Size
+from _memory import memory
 
 KEEP = 256
 """Frames that retention leaves, by default."""
@@ -31,6 +35,11 @@ LINES = {
     "ours, with gradients, every 1": 3.0,
 }
 """Percent of the training thread's CPU time that must not be passed."""
+
+SAMPLED = {
+    "with gradients": {"weight_alignment": False},
+    "with weight-space alignment": {},
+}
 
 Pairs = Mapping[str, Sequence[tuple[Block, tuple[Block, Block]]]]
 
@@ -74,15 +83,16 @@ def table(contenders: Sequence[Contender], pairs: Pairs, missing: Mapping[str, s
             notes.append(f"ring of {KEEP} frames: {KEEP * megabytes * contender.every / 1e3:.1f} GB")
         if dropped := sum(block.dropped for block, _ in found):
             notes.append(f"{dropped} frames dropped")
+        quartiles = f"({mine.low:+.2f}, {mine.high:+.2f})"
         lines.append(
-            f"| {contender.name} | {mine.median:+.2f} ({mine.low:+.2f}, {mine.high:+.2f}) | {mine.standard_error:.2f} | "
-            f"{ratio} | {process.median:+.1f} | {wall.median:+.1f} | {megabytes:.2f} | {'; '.join(notes)} |"
+            f"| {contender.name} | {mine.median:+.2f} {quartiles} | {mine.standard_error:.2f} | {ratio} | "
+            f"{process.median:+.1f} | {wall.median:+.1f} | {megabytes:.2f} | {'; '.join(notes)} |"
         )
     lines += [f"| {name} | {reason} | | | | | | |" for name, reason in missing.items()]
     return "\n".join(lines)
 
 
-def verdicts(contenders: Sequence[Contender], pairs: Pairs) -> list[tuple[str, str]]:
+def verdicts(contenders: Sequence[Contender], pairs: Pairs, sampled: Mapping[str, Estimate]) -> list[tuple[str, str]]:
     """Each promise with what was found; "unresolved" where the noise decides."""
     thread = {name: overhead(found, "thread") for name, found in pairs.items()}
     found: list[tuple[str, str]] = []
@@ -96,6 +106,10 @@ def verdicts(contenders: Sequence[Contender], pairs: Pairs) -> list[tuple[str, s
             least = min(peers, key=lambda peer: thread[peer.name].median)
             claim = f"{name}: below the cheapest peer of that period, {least.name}"
             found.append((claim, _judge(thread[name], thread[least.name].median, thread[least.name].standard_error)))
+    found += [
+        (f"a sampled step, {name}, against its unsampled neighbours: below {line:g} %", _judge(sampled[name], line))
+        for name, line in (("with weight-space alignment", 10.0), ("with gradients", 3.0))
+    ]
     alignment = [f"ours, with {what}, every 1" for what in ("weight-space alignment", "gradients")]
     if all(name in thread for name in alignment):
         own = thread[alignment[0]].median - thread[alignment[1]].median
@@ -133,7 +147,11 @@ def compare(given: argparse.Namespace) -> int:
             records.append(as_record(index, contender, block, neighbours))
             if given.verbose:
                 print(index, contender, overhead([(block, neighbours)], "thread").median, file=sys.stderr, flush=True)
-        parts = breakdown(job, directory / "breakdown", given.steps)
+        sampled = {
+            name: sampled_step_overhead(job, ours(every=5, **options), directory / "sampled", given.periods)
+            for name, options in SAMPLED.items()
+        }
+        parts = breakdown(job, directory / "breakdown", 10)
     bare = [block.thread for found in pairs.values() for _, neighbours in found for block in neighbours]
     print(
         f"torch {torch.__version__}, {given.threads} thread(s), load {os.getloadavg()[0]:.1f}; {given.rounds} rounds; "
@@ -142,16 +160,42 @@ def compare(given: argparse.Namespace) -> int:
     )
     print(table(contenders, pairs, missing))
     print("\n| promise | found |\n|---|---|")
-    judged = verdicts(contenders, pairs)
+    judged = verdicts(contenders, pairs, sampled)
     for claim, found in judged:
         print(f"| {claim} | {found} |")
     print("\n| a sampled step of ours, all on: training thread | ms | % of a bare step |\n|---|---|---|")
     for part, milliseconds in parts.items():
         print(f"| {part} | {milliseconds:.2f} | {milliseconds / 10 / statistics.median(bare):.2f} |")
     if given.json:
-        record = {"begun": begun, "torch": torch.__version__, "threads": given.threads, "blocks": records}
+        found = {name: asdict(estimate) for name, estimate in sampled.items()}
+        record = {
+            "begun": begun,
+            "torch": torch.__version__,
+            "threads": given.threads,
+            "blocks": records,
+            "sampled": found,
+        }
         given.json.write_text(json.dumps({**record, "missing": missing, "breakdown_ms": parts}, indent=1))
     return 1 if any("BROKEN" in found for _, found in judged) else 0
+
+
+def on_gpu(given: argparse.Namespace) -> int:
+    from _cuda import measure as measure_on_gpu
+
+    if not torch.cuda.is_available():
+        print("expected a CUDA device; found none: run this benchmark on a machine with one", file=sys.stderr)
+        return 1
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}\n\n| GPT-2 124M | found | |\n|---|---|---|")
+    rows = []
+    with tempfile.TemporaryDirectory() as name:
+        for compiled in (False, True):
+            for every in (10, 1):
+                rows += (part := measure_on_gpu(Path(name), given.rounds, given.steps, every, compiled))
+                for label, found, kept in part:
+                    print(f"| {label} | {found} | {'' if kept else 'BROKEN'} |", flush=True)
+    if given.json:
+        given.json.write_text(json.dumps({"device": torch.cuda.get_device_name(), "rows": rows}, indent=1))
+    return 0 if all(kept for *_, kept in rows) else 1
 
 
 def main() -> int:
@@ -163,7 +207,17 @@ def main() -> int:
     parser.add_argument("--only", default="", help="contenders with this in their name")
     parser.add_argument("--json", type=Path, help="write the raw figures there")
     parser.add_argument("--verbose", action="store_true", help="each block as it is measured")
-    return compare(parser.parse_args())
+    parser.add_argument("--periods", type=int, default=40, help="sampled steps compared with their neighbours")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--memory", action="store_true", help="memory over a long run, instead of time")
+    parser.add_argument("--memory-steps", type=int, default=10_000)
+    given = parser.parse_args()
+    if given.memory:
+        grows, samples = memory(given.memory_steps, given.device)
+        if given.json:
+            given.json.write_text(json.dumps(samples))
+        return grows
+    return on_gpu(given) if given.device == "cuda" else compare(given)
 
 
 if __name__ == "__main__":
