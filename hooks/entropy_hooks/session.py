@@ -80,7 +80,7 @@ class Session:
         if options.exact_alignment_every or options.observe == "probe":
             self._probe = ProbeSampler(target, self._observer, options, faults)
         self._boundary = StepBoundary(target.optimizers, self._guard(self._before_step), self._guard(self._after_step))
-        self._observer.on_forward = self._boundary.begin_forward
+        self._observer.passes.on_forward = self._boundary.begin_forward
 
     def overhead(self, clock: Clock | None = None) -> Overhead:
         """What observing costs, see `cost.overhead`."""
@@ -137,7 +137,7 @@ class Session:
             self._exact = probe.audit()
         if self._options.observe == "probe":
             self._observed = probe.observe()
-            if self._observed is not None and self._observer.passes.count:
+            if self._observed is not None and self._observer.passes.micro_batches.count:
                 self._observed.grad_norm = gradient_norm(self._target.optimizers)
 
     def _observe_training(self) -> None:
@@ -158,11 +158,11 @@ class Session:
         self._complete(observed, capture.loss)
 
     def _replay_training(self) -> None:
-        with self._observer.silenced():
+        with self._observer.guard.silenced():
             observed = self._observer.replay.observe()
         if observed is not None:
             self._observed = observed
-            self._complete(observed, self._observer.loss)
+            self._complete(observed, self._observer.passes.loss)
             observed.capture.linears.clear()
 
     def _complete(self, observed: ObservedPass, loss: LossReading | None) -> None:
@@ -173,7 +173,7 @@ class Session:
         sample = observed.capture.sample
         if self._options.gradients and self._options.weight_alignment and sample is not None:
             batch_patches = observed.num_batch_patches or sample.num_batch_patches
-            batch_patches *= max(1, self._observer.passes.count)
+            batch_patches *= max(1, self._observer.passes.micro_batches.count)
             observed.weight_space = reduce_layers(observed.capture, observed.contaminated, batch_patches)
 
     def _after_step(self) -> None:
@@ -205,7 +205,7 @@ class Session:
             self._observed.grad_norm = gradient_norm(self._target.optimizers)
         now = time.time()
         lr = learning_rate(self._target.optimizers[0])
-        loss = self._observer.loss
+        loss = self._observer.passes.loss
         self._num_tokens_seen += self._observer.num_tokens
         grad_norm = self._observed.grad_norm if self._observed is not None else None
         self._scalars.add(
@@ -258,7 +258,7 @@ class Session:
         capture = self._observer.observed
         if self._observer.replays or (capture is not None and capture.too_short):
             return  # counted where it was met
-        entry = self._observer.entry
+        entry = self._observer.passes.entry
         # Compiled since the step began: it is observed from the next one on.
         if not (entry.compiled and not self._observer.weight) and not entry.look_again():
             self._faults.count("not_observed", "no tapped layer ran in this step (compiled, or not this model)")
