@@ -64,9 +64,7 @@ class Cadence:
         if self._next is not None and self._next[1] <= step:
             every, _ = self._next
             self._next = None
-            if every != self.every:
-                self.every = every
-                self._costs.forget()
+            self.every = every
         elif self._next is None and (self._notes is None or self._notes.rank == 0):
             self._stretch(step)
 
@@ -80,7 +78,6 @@ class Cadence:
         self._next = (factor * self.every, step + self.every)
         if self._notes is None:
             self.every, self._next = factor * self.every, None
-            self._costs.forget()
         else:
             self._notes.write("every", {"every": self._next[0], "after": self._next[1]})
 

@@ -103,11 +103,6 @@ class StepCosts:
         """The clock that says most: other processes cannot lengthen CPU time, and a GPU's work is not in it."""
         return "cpu" if self._device_clock is None else "wall"
 
-    def forget(self) -> None:
-        """Steps are now sampled otherwise: begin afresh."""
-        for pairs in self._pairs.values():
-            pairs.clear()
-
     def cost(self, clock: Clock) -> Cost | None:
         """What a sampled step costs.
 

@@ -77,7 +77,7 @@ class Passes:
 
     def close_parts(self) -> None:
         """Have the parts left after all the layers' own hooks."""
-        leave = self._guard(self._leave, always=True)
+        leave = self._guard(self._leave_part, always=True)
         for part in parts(self._target.model, self._target.taps):
             self._part_handles.append(part.register_forward_hook(leave, always_call=True))
 
@@ -111,6 +111,9 @@ class Passes:
             self._listener.end_forward(output)
         finally:
             self.micro_batches.leave_forward()
+
+    def _leave_part(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self.micro_batches.leave_forward()
 
     def _remove_parts(self) -> None:
         while self._part_handles:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import random
 from typing import TYPE_CHECKING, Any
@@ -135,7 +134,10 @@ def test_a_real_job_is_stretched_shown_and_trains_as_before(run: Path) -> None:
     assert stats.overhead_percent is not None
     sampled = [frame.step for frame in frames(run)]
     assert sampled[:3] == [0, 1, 2]
-    assert set(itertools.pairwise(sampled)) & {(step, step + stats.every) for step in range(steps)} or stats.every > 75
+    assert len(sampled) < steps / 2
+    assert stats.overhead_error_percent is not None
+    assert stats.overhead_percent - 3 * stats.overhead_error_percent < 1.0
+    assert stats.overhead_samples > 2
     beat = json.loads((run / "heartbeat" / "r00000.json").read_text(encoding="utf-8"))
     assert {"overhead_error_percent", "overhead_samples", "overhead_source", "overhead_wall_percent"} <= set(beat)
 
