@@ -22,7 +22,7 @@ from entropy_hooks.ranks import agree_on_attempt, process_started, rank_and_worl
 from entropy_hooks.session import Session, Target
 from entropy_hooks.taps import find_taps, steered_layers, unwrap
 from entropy_monitor import __version__
-from entropy_monitor.config import load_config
+from entropy_monitor.config import hooks_disabled, load_config
 from entropy_monitor.errors import ConfigError, EntropyMonitorError
 from entropy_monitor.store import create_run, trim_vanished_ranks
 
@@ -157,7 +157,7 @@ def prepare(
     faults = Faults()
     taps = find_taps(inner, config.hooks.layers)
     target = Target(inner, optimizer, taps, steered_layers(tuple(taps), config.hooks.steer_layers), probe)
-    if is_disabled():
+    if hooks_disabled():
         return Monitor(config.hooks, faults)
     if _processes and os.getpid() not in _processes:
         faults.count(
@@ -185,21 +185,6 @@ def _check(value: object, kind: type, name: str) -> None:
             f"expected {name} to be a torch {kind.__name__}; found {type(value).__name__}: "
             "call attach(model, optimizer, ...)"
         )
-
-
-def is_disabled() -> bool:
-    """Whether ``ENTROPY_MONITOR_MODE`` turns every hook off.
-
-    Returns:
-        True when it says so.
-
-    Raises:
-        ConfigError: it says something else.
-    """
-    mode = os.environ.get("ENTROPY_MONITOR_MODE", "").lower()
-    if mode not in ("", "disabled"):
-        raise ConfigError(f"expected ENTROPY_MONITOR_MODE to be 'disabled' or unset; found {mode!r}: correct it")
-    return mode == "disabled"
 
 
 def _record(target: Target, options: MonitorOptions, world_size: int) -> dict[str, Any]:

@@ -13,11 +13,11 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any
 
-from entropy_hooks.attach import Prepared, is_disabled, live_monitors, prepare
+from entropy_hooks.attach import Prepared, live_monitors, prepare
 from entropy_hooks.discovery import Found, Search, Seen, choose
 from entropy_hooks.ranks import rank_and_world_size
 from entropy_hooks.training_thread import AtNextBackward, do_at_safe_point
-from entropy_monitor.config import load_config
+from entropy_monitor.config import hooks_disabled, load_config
 from entropy_monitor.errors import ConfigError, EntropyMonitorError
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ def _attach(request: Mapping[str, Any]) -> Answer:
     if not isinstance(options, dict):
         raise ConfigError(f"expected options to be a table; found {options!r}: give fields of MonitorOptions")
     load_config(run=run, hooks=options)  # wrong ones are refused before anything is touched
-    if is_disabled():
+    if hooks_disabled():
         raise RefusedError("expected ENTROPY_MONITOR_MODE unset in the job; found disabled: start it without")
     if monitors := live_monitors():
         return {"ok": True, "message": f"already observed: {_describe(monitors)}", **_facts(monitors[0])}

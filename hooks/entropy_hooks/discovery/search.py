@@ -41,7 +41,7 @@ class Search:
 
     def begin(self) -> None:
         """Install the hook: on the training thread outside `Optimizer.step`, or before anything trains."""
-        self._handle = register_optimizer_step_post_hook(self._after_step)
+        self._handle = register_optimizer_step_post_hook(self.after_step)
 
     def install_after(self, optimizer: Optimizer, install: Callable[[int], None]) -> None:
         """At the end of the optimizer's step, the one under way included, call `install` once on the training thread.
@@ -65,7 +65,8 @@ class Search:
             self._calls.stop_listening()
         self._counts.clear()
 
-    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        """The hook; who has one installed already calls this from it instead of `begin`."""
         if self._over:
             return
         try:
