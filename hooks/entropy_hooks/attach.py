@@ -19,15 +19,16 @@ from torch.optim import Optimizer
 from entropy_hooks.faults import Faults
 from entropy_hooks.monitor import Monitor
 from entropy_hooks.ranks import agree_on_attempt, process_started, rank_and_world_size
-from entropy_hooks.session import Session, Target
+from entropy_hooks.session import Session
 from entropy_hooks.taps import find_taps, steered_layers, unwrap
+from entropy_hooks.target import Target
 from entropy_monitor import __version__
 from entropy_monitor.config import hooks_disabled, load_config
 from entropy_monitor.errors import ConfigError, EntropyMonitorError
 from entropy_monitor.store import create_run, trim_vanished_ranks
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from entropy_monitor.config import MonitorOptions
     from entropy_monitor.store import Run
@@ -39,7 +40,7 @@ _processes: set[int] = set()
 
 def attach(
     model: nn.Module,
-    optimizer: Optimizer,
+    optimizer: Optimizer | Sequence[Optimizer],
     *,
     run: str | os.PathLike[str] | None = None,
     probe: Callable[[nn.Module], torch.Tensor] | None = None,
@@ -52,7 +53,8 @@ def attach(
 
     Args:
         model: the model that trains, wrapped or not.
-        optimizer: its optimizer; each ``optimizer.step()`` is a step.
+        optimizer: its optimizer; each ``optimizer.step()`` is a step. Several are given in the order in which they
+            step: a step is one round of them.
         run: directory of the run; else ``ENTROPY_MONITOR_RUN``, ``run`` in ``./monitor.toml``, or ``runs/TIME``.
         probe: for ``exact_alignment_every`` and ``observe="probe"``, a function that runs the model it is given on a
             fixed batch and returns the 0-d loss. Else the first training batch is the probe, with the loss that the
@@ -120,7 +122,7 @@ def live_monitors() -> list[Monitor]:
 
 def prepare(
     model: nn.Module,
-    optimizer: Optimizer,
+    optimizer: Optimizer | Sequence[Optimizer],
     *,
     run: str | os.PathLike[str] | None = None,
     probe: Callable[[nn.Module], torch.Tensor] | None = None,
@@ -144,7 +146,11 @@ def prepare(
     """
     config = load_config(run=run, hooks=options)
     _check(model, nn.Module, "model")
-    _check(optimizer, Optimizer, "optimizer")
+    optimizers = (optimizer,) if isinstance(optimizer, Optimizer) else _several(optimizer)
+    if not optimizers:
+        raise ConfigError("expected an optimizer; found an empty sequence: give those that train this model")
+    for entry in optimizers:
+        _check(entry, Optimizer, "optimizer")
     if probe is not None and not callable(probe):
         raise ConfigError(f"expected probe to be a function of the model; found {type(probe).__name__}: give one")
     if probe is not None and not config.hooks.exact_alignment_every and config.hooks.observe == "training":
@@ -156,7 +162,7 @@ def prepare(
         return existing
     faults = Faults()
     taps = find_taps(inner, config.hooks.layers)
-    target = Target(inner, optimizer, taps, steered_layers(tuple(taps), config.hooks.steer_layers), probe)
+    target = Target(inner, model, optimizers, taps, steered_layers(tuple(taps), config.hooks.steer_layers), probe)
     if hooks_disabled():
         return Monitor(config.hooks, faults)
     if _processes and os.getpid() not in _processes:
@@ -177,6 +183,10 @@ def prepare(
         faults.count("store_unavailable", error)
         return Monitor(config.hooks, faults)
     return Prepared(opened, (attempt, rank), target, config.hooks, faults)
+
+
+def _several(optimizers: object) -> tuple[Any, ...]:
+    return tuple(optimizers) if isinstance(optimizers, list | tuple) else (optimizers,)
 
 
 def _check(value: object, kind: type, name: str) -> None:

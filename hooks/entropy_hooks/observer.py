@@ -9,17 +9,22 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from entropy_hooks import backward
 from entropy_hooks.capture import Capture, LinearSample
+from entropy_hooks.entry import Entry
 from entropy_hooks.loss import LossReading, read_loss
 from entropy_hooks.micro_batches import MicroBatches
+from entropy_hooks.probe_loss import depends_on
+from entropy_hooks.replay import Replay
 from entropy_hooks.steering import Injector
 from entropy_hooks.taps import first_embedding, first_tensor
 from entropy_hooks.tokens import axes_of, draw_patches
+from entropy_hooks.undisturbed import run_eagerly
 from entropy_hooks.weight_space import writes_features
 
 if TYPE_CHECKING:
@@ -30,6 +35,7 @@ if TYPE_CHECKING:
 
     from entropy_hooks.faults import Faults
     from entropy_hooks.meter import Meter
+    from entropy_hooks.target import Target
     from entropy_hooks.tokens import TokenAxes
     from entropy_monitor.config import MonitorOptions
 
@@ -37,48 +43,50 @@ if TYPE_CHECKING:
 class Observer:
     """Hooks on one model; `Session` tells it which steps to sample and whether to steer."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        taps: Mapping[str, nn.Module],
-        steered: tuple[str, ...],
-        options: MonitorOptions,
-        faults: Faults,
-        meter: Meter,
-    ) -> None:
-        self._options, self._faults, self._meter = options, faults, meter
+    def __init__(self, target: Target, options: MonitorOptions, faults: Faults, meter: Meter) -> None:
+        self._options, self._faults, self._meter, self._model = options, faults, meter, target.model
         self._generator = torch.Generator().manual_seed(int.from_bytes(os.urandom(7), "little"))
-        self._injectors = {name: Injector(self._injection_scale, faults.count) for name in steered}
+        self._injectors = {name: Injector(self._injection_scale, faults.count) for name in target.steered}
         self.passes = MicroBatches()
         self.sampling = False
         """This step is sampled."""
         self.weight = 0.0
         """Weight of the MBE in force; 0 while the phase is memorize."""
+        self._direct = False
+        """The layers' own hooks have something to do in this step."""
         self.capture: Capture | None = None
-        """The newest observed pass of this step."""
+        """The newest observed pass of this step that had its backward pass, or is having it."""
+        self._forward: Capture | None = None
+        """The newest observed forward pass."""
         self.loss: LossReading | None = None
         """Of the newest backward pass."""
         self.num_tokens = 0
         """Tokens of the forward passes since the last optimizer step; 0 without an embedding."""
+        self.on_forward: Callable[[], None] | None = None
+        """Is called when a training forward pass begins."""
         self.on_inputs: Callable[[tuple[Any, ...], dict[str, Any]], None] | None = None
         """Is called with the model's arguments at each training forward pass."""
         self._silent = False
+        self._eagerly = contextlib.ExitStack()
+        """Holds while a compiled model is made to run eagerly, so that it can be steered."""
         self._hooked: set[str] = set()
         self._running: dict[str, dict[int, LinearSample]] = {}
         self._handles: list[RemovableHandle] = []
         self._linear_handles: dict[tuple[str, nn.Module], RemovableHandle] = {}
-        self._install(model, taps)
+        enter, leave = self._guard(self._enter_forward, always=True), self._guard(self._leave_forward, always=True)
+        self.entry = Entry(target.called, target.model, enter, leave)
+        self.replay = Replay(target, options, faults)
+        self._embedding = first_embedding(target.model)
+        if not self.entry.compiled or options.steer:
+            self._install(target.taps)
         backward.listen(self)
 
     # ---- installation ------------------------------------------------------------------------------------------------
 
-    def _install(self, model: nn.Module, taps: Mapping[str, nn.Module]) -> None:
+    def _install(self, taps: Mapping[str, nn.Module]) -> None:
         add = self._handles.append
-        add(model.register_forward_pre_hook(self._guard(self._enter_forward, always=True), with_kwargs=True))
-        add(model.register_forward_hook(self._guard(self._leave_forward, always=True), always_call=True))
-        embedding = first_embedding(model)
-        if embedding is not None:
-            add(embedding.register_forward_pre_hook(self._guard(self._see_tokens, always=True)))
+        if self._embedding is not None:
+            add(self._embedding.register_forward_pre_hook(self._guard(self._see_tokens, always=True)))
         for name, module in taps.items():
             add(module.register_forward_hook(self._guard(functools.partial(self._see_output, name))))
             if self._options.gradients and self._options.weight_alignment and self._options.observe == "training":
@@ -90,11 +98,13 @@ class Observer:
     def remove(self) -> None:
         """Take every hook away; the model's dictionaries are as they were."""
         backward.unlisten(self)
+        self.entry.remove()
         for handle in (*self._handles, *self._linear_handles.values()):
             handle.remove()
         self._handles.clear()
         self._linear_handles.clear()
-        self.capture = None
+        self._eagerly.close()
+        self.capture = self._forward = None
 
     @contextlib.contextmanager
     def silenced(self) -> Generator[None]:
@@ -109,11 +119,14 @@ class Observer:
         """Count a hook's time and its exceptions: neither may reach the training job.
 
         Returns:
-            The hook, which does nothing while silenced, or on a step neither sampled nor steered unless `always`.
+            The hook, which does nothing while silenced, or on a step neither sampled nor steered unless `always`. In a
+            graph that is being compiled it leaves no trace.
         """
 
         def guarded(*args: Any) -> None:
-            if (always or self.sampling or self.weight) and not self._silent:
+            if torch.compiler.is_compiling():
+                return
+            if (always or self._direct) and not self._silent:
                 with self._meter:
                     try:
                         hook(*args)
@@ -122,31 +135,75 @@ class Observer:
 
         return guarded
 
-    # ---- passes ------------------------------------------------------------------------------------------------------
+    # ---- steps and passes --------------------------------------------------------------------------------------------
+
+    def begin_step(self, *, sampling: bool, weight: float) -> None:
+        """An optimizer step begins.
+
+        Args:
+            sampling: its training pass is observed.
+            weight: of the MBE that is added to its loss.
+        """
+        self.sampling, self.weight = sampling, weight
+        # A compiled model is observed by its replay; steered, it runs eagerly and its own hooks see it.
+        self._direct = weight > 0 or (sampling and not self.entry.compiled)
+
+    @property
+    def observed(self) -> Capture | None:
+        """The pass that led to this step: the newest that had its backward pass, else the newest forward pass."""
+        return self.capture or self._forward
+
+    @property
+    def replays(self) -> bool:
+        """The step under way is observed by running a part of it again."""
+        return self.sampling and not self._direct
 
     def _enter_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._eagerly.close()  # a pass that raised may have left it open
         if not torch.is_grad_enabled() or self.passes.in_backward:
+            self.passes.leave_forward()
             return  # evaluation, or a checkpoint around the whole model that runs it again
+        if self.on_forward is not None:
+            self.on_forward()
         self.passes.enter_forward()
         self._hooked.clear()
         self._running.clear()
-        if self.sampling and self.passes.is_last():
-            self.capture = Capture()
+        if self.entry.compiled:
+            self._enter_compiled(args, kwargs)
+        if self._direct and self.sampling and self.passes.is_last():
+            self._forward = Capture()
         if self.on_inputs is not None:  # last: it meets classes of the user's, and must not cost the frame
             self.on_inputs(args, kwargs)
 
+    def _enter_compiled(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.weight:
+            self._eagerly.enter_context(run_eagerly())
+        elif self._embedding is not None:
+            ids = first_tensor(args) if args else first_tensor(kwargs)
+            if ids is not None and not ids.is_floating_point():
+                self.num_tokens += ids.numel()
+        if self.replays and self.passes.is_last():
+            self.replay.keep_inputs(args, kwargs)
+
     def _leave_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self._eagerly.close()
+        if self.passes.in_forward and self.replays and self.passes.is_last():
+            self.replay.keep_output(output, lambda: self.passes.in_backward and self.passes.is_last())
         self.passes.leave_forward()
 
     def before_backward(self, roots: tuple[Any, ...], gradients: Any) -> None:
         """A backward pass from `roots` begins; see `backward.BackwardListener`."""
         with self._meter:
             try:
-                if self.passes.enter_backward():
-                    self.loss = None
-                    self.loss = read_loss(roots, gradients)
-                    if self.capture is not None and self.passes.is_last():
-                        self.capture.loss = self.loss
+                if not self.passes.enter_backward():
+                    self._look_for_compiled(roots)
+                    return
+                if self._forward is not None:
+                    self.capture, self._forward = self._forward, None
+                self.loss = None
+                self.loss = read_loss(roots, gradients)
+                if self.capture is not None and self.passes.is_last():
+                    self.capture.loss = self.loss
             except Exception as error:
                 self._faults.count("hook_error", error)
 
@@ -154,11 +211,24 @@ class Observer:
         """The backward pass has ended."""
         self.passes.leave_backward()
 
+    def _look_for_compiled(self, roots: tuple[Any, ...]) -> None:
+        """A backward pass whose forward pass was not seen: is it our model's, compiled since we looked?"""
+        if self.entry.compiled or self.passes.count or "torch._dynamo" not in sys.modules:
+            return
+        tensors = [root for root in roots if isinstance(root, torch.Tensor) and root.grad_fn is not None]
+        if any(depends_on(root, self._model.parameters()) for root in tensors) and not self.entry.look_again():
+            self._faults.count(
+                "not_observed",
+                "expected to see the model run; found a backward pass through it alone (compiled inside a larger "
+                "function?): compile the model itself, and give attach what torch.compile returned",
+            )
+
     def end_step(self) -> None:
         """Forget the step that has ended."""
         if self.capture is not None and self.capture.linears:
             self._keep_only_last_linears(self.capture)
-        self.capture, self.loss, self.num_tokens = None, None, 0
+        self.capture = self._forward = self.loss = None
+        self.num_tokens = 0
         self.passes.step()
 
     def _keep_only_last_linears(self, capture: Capture) -> None:
@@ -171,7 +241,7 @@ class Observer:
     # ---- observation -------------------------------------------------------------------------------------------------
 
     def _capturing(self) -> Capture | None:
-        return self.capture if self.sampling and self.passes.in_forward and self.passes.is_last() else None
+        return self._forward if self.sampling and self.passes.in_forward and self.passes.is_last() else None
 
     def _see_tokens(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         if self.passes.in_forward and args and isinstance(args[0], torch.Tensor):
@@ -196,8 +266,8 @@ class Observer:
         if z is None or not (self.passes.in_forward or recomputed):
             return
         axes = axes_of(module, z, self._options.token_dim)
-        if axes is None or not z.is_floating_point():
-            if self.capture is not None:
+        if axes is None or not z.is_floating_point() or hasattr(z, "placements"):
+            if self.sampling:
                 self._faults.count("no_tokens", f"{layer}: expected [B, T, d]; found {z.dtype} {list(z.shape)}")
             return
         if not recomputed:
@@ -243,7 +313,8 @@ class Observer:
             capture.linears[layer] = linear
 
     def _hook_gradient(self, layer: str, z: torch.Tensor) -> None:
-        capture = self.capture
+        # Checkpointed without a graph, a block runs again in the backward pass of the capture that it belongs to.
+        capture = self._forward if self.passes.in_forward else self.capture
         # A pass behind the captured one (the number of micro-batches has changed) must not overwrite its gradients.
         if not self._options.gradients or capture is None or not self.passes.is_last():
             return

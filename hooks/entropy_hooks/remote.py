@@ -120,7 +120,7 @@ def _attach(request: Mapping[str, Any]) -> Answer:
     approach = _Approach(time.monotonic() + wait_s, wait_s)
     try:
         found, start_step = approach.find()
-        prepared = prepare(found.model, found.optimizer, run=run, **options)
+        prepared = prepare(found.model, found.optimizers, run=run, **options)
         monitor = approach.install(prepared, found, start_step) if isinstance(prepared, Prepared) else prepared
     finally:
         approach.clean_up()

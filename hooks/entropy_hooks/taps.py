@@ -20,6 +20,16 @@ def unwrap(model: nn.Module) -> nn.Module:
     Returns:
         The innermost module.
     """
+    return wrappers(model)[-1]
+
+
+def wrappers(model: nn.Module) -> list[nn.Module]:
+    """A module and what it wraps.
+
+    Returns:
+        From the outermost to the user's own module.
+    """
+    chain = [model]
     while True:
         inner = getattr(model, "_orig_mod", None)
         if inner is None and type(model).__name__ in {
@@ -29,8 +39,9 @@ def unwrap(model: nn.Module) -> nn.Module:
         }:
             inner = getattr(model, "module", None)
         if not isinstance(inner, nn.Module):
-            return model
+            return chain
         model = inner
+        chain.append(model)
 
 
 def find_taps(model: nn.Module, layers: Sequence[str] | None) -> dict[str, nn.Module]:

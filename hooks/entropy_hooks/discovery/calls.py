@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
+from entropy_hooks.untraced import untraced
+
 if TYPE_CHECKING:
     from torch import nn
     from torch.utils.hooks import RemovableHandle
@@ -44,8 +46,8 @@ class RootCalls:
     def listen(self) -> None:
         """Install the hooks."""
         self._handles = [
-            register_module_forward_pre_hook(self._enter),
-            register_module_forward_hook(self._leave, always_call=True),
+            register_module_forward_pre_hook(untraced(self._enter)),
+            register_module_forward_hook(untraced(self._leave), always_call=True),
         ]
 
     def stop_listening(self) -> None:
@@ -59,12 +61,7 @@ class RootCalls:
         self._inside = None
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if (
-            self._inside is None
-            and threading.get_ident() == self._thread
-            and torch.is_grad_enabled()
-            and not torch.compiler.is_compiling()
-        ):
+        if self._inside is None and threading.get_ident() == self._thread and torch.is_grad_enabled():
             self._inside = module
             self._roots.setdefault(id(module), module)
 

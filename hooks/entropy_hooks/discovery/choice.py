@@ -36,9 +36,9 @@ class Found:
         return self.stepped[-1]
 
     @property
-    def optimizer(self) -> Optimizer:
-        """The one optimizer that `attach` takes: that of the most parameters."""
-        return max(self.stepped, key=lambda stepped: sum(map(_numel, _parameters(stepped)))).optimizer
+    def optimizers(self) -> tuple[Optimizer, ...]:
+        """As `attach` takes them."""
+        return tuple(stepped.optimizer for stepped in self.stepped)
 
     def __str__(self) -> str:
         names = " and ".join(stepped.name for stepped in self.stepped)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from entropy_hooks.taps import unwrap
+from entropy_hooks.taps import unwrap, wrappers
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -19,25 +19,30 @@ if TYPE_CHECKING:
 def scan_for_root(parameters: Collection[int]) -> nn.Module | None:
     """The module that holds most of these parameters: the compiled one, else the innermost that can be called.
 
+    Graphs that `torch.compile` has made (of an optimizer's step, say) hold parameters, too, and are no models.
+
     Args:
         parameters: ``id`` of each trained parameter.
 
     Returns:
-        The module, unwrapped; None when no module holds any.
+        The module in its outermost wrapper; None when no module holds any.
     """
     # The type alone is asked: isinstance would run code of foreign proxies.
     modules = [thing for thing in gc.get_objects() if issubclass(type(thing), nn.Module)]
     compiled = {id(unwrap(module)) for module in modules if _is_compiled(module)}
-    best: tuple[int, bool, int] | None = None
+    best: tuple[bool, int, bool, int] | None = None
     root: nn.Module | None = None
     for module in modules:
         if not _is_callable(module) or unwrap(module) is not module:
             continue
         held = _held(module, parameters)
-        rank = (held, id(module) in compiled, -sum(1 for _ in module.modules()))
+        is_graph = type(module).__name__.startswith("GraphModule")
+        rank = (not is_graph, held, id(module) in compiled, -sum(1 for _ in module.modules()))
         if held and (best is None or rank > best):
             best, root = rank, module
-    return root
+    if root is None:
+        return None
+    return max((module for module in modules if unwrap(module) is root), key=lambda module: len(wrappers(module)))
 
 
 def _held(module: nn.Module, parameters: Collection[int]) -> int:

@@ -11,6 +11,7 @@ from entropy_hooks.discovery.calls import RootCalls, anything_compiled
 from entropy_hooks.discovery.choice import waits_for_optimizer
 from entropy_hooks.discovery.own_count import OwnCount
 from entropy_hooks.discovery.seen import Seen, Stepped
+from entropy_hooks.untraced import untraced
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -41,7 +42,7 @@ class Search:
 
     def begin(self) -> None:
         """Install the hook: on the training thread outside `Optimizer.step`, or before anything trains."""
-        self._handle = register_optimizer_step_post_hook(self.after_step)
+        self._handle = register_optimizer_step_post_hook(untraced(self.after_step))
 
     def install_after(self, optimizer: Optimizer, install: Callable[[int], None]) -> None:
         """At the end of the optimizer's step, the one under way included, call `install` once on the training thread.

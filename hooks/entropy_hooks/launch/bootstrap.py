@@ -89,7 +89,13 @@ class _StepHook:
 
     def _install(self) -> None:
         optimizer: Any = sys.modules["torch.optim.optimizer"]
-        self._handle = optimizer.register_optimizer_step_post_hook(self._hook)
+
+        def hook(*arguments: Any) -> None:
+            self._after_step(*arguments)
+
+        # Dynamo must not trace it where a whole optimizer step is compiled; see `entropy_hooks.untraced`.
+        untraced = getattr(sys.modules.get("torch._compile"), "_disable_dynamo", lambda hook: hook)
+        self._handle = optimizer.register_optimizer_step_post_hook(untraced(hook))
 
     def _start_afresh(self) -> None:
         """A forked child may train by itself."""
@@ -99,7 +105,7 @@ class _StepHook:
         self._launched, self._fetched = None, False
         self._install()
 
-    def _hook(self, *arguments: Any) -> None:
+    def _after_step(self, *arguments: Any) -> None:
         if not self._fetched:
             self._fetched = True
             _guarded(self._fetch)

@@ -63,7 +63,7 @@ class Launched:
         before = found.last.own_count.read(wait=False)
         # A resumed job's optimizer knows of the steps of earlier starts.
         step = num_steps if before is None else max(num_steps, num_steps + before - found.last.num_steps)
-        monitor = attach(found.model, found.optimizer, run=claim_run(), start_step=step)
+        monitor = attach(found.model, found.optimizers, run=claim_run(), start_step=step)
         self._end()
         if not monitor.enabled:
             note("failed", message=monitor.why_disabled)  # which has been logged
