@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
+from torch._compile import _disable_dynamo  # pyright: ignore[reportPrivateUsage]
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -20,4 +20,4 @@ def untraced(hook: Callable[..., None]) -> Callable[..., None]:
         What to install; dynamo breaks its graph there.
     """
     # What torch gives its own hooks; unlike `torch.compiler.disable` it does not import dynamo before the first call.
-    return torch._disable_dynamo(lambda *arguments: hook(*arguments))  # pyright: ignore[reportPrivateUsage]
+    return _disable_dynamo(lambda *arguments: hook(*arguments))

@@ -23,10 +23,10 @@ def anything_compiled() -> bool:
     shows itself as its graph instead of as itself, and ``torch.compile(model)`` warns the user about the hook.
 
     Returns:
-        True from the first call of a compiled function on.
+        True from the first `torch.compile` on.
     """
-    eval_frame = sys.modules.get("torch._dynamo.eval_frame")
-    return bool(getattr(eval_frame, "cached_backends", None))
+    backends = getattr(sys.modules.get("torch._dynamo.eval_frame"), "cached_backends", {})
+    return any(backend is not None for backend in backends.values())  # None: something was excluded from compiling
 
 
 class RootCalls:

@@ -94,8 +94,8 @@ class _StepHook:
             self._after_step(*arguments)
 
         # Dynamo must not trace it where a whole optimizer step is compiled; see `entropy_hooks.untraced`.
-        untraced = getattr(sys.modules.get("torch._compile"), "_disable_dynamo", lambda hook: hook)
-        self._handle = optimizer.register_optimizer_step_post_hook(untraced(hook))
+        untraced: Any = getattr(sys.modules.get("torch._compile"), "_disable_dynamo", None)
+        self._handle = optimizer.register_optimizer_step_post_hook(untraced(hook) if untraced else hook)
 
     def _start_afresh(self) -> None:
         """A forked child may train by itself."""
