@@ -104,6 +104,21 @@ class MonitorConfig:
     """Keyword arguments of `entropy_monitor.gapt.GateOptions`; the watcher validates them."""
 
 
+def hooks_disabled() -> bool:
+    """Whether ``ENTROPY_MONITOR_MODE`` turns every hook off.
+
+    Returns:
+        True when it says so.
+
+    Raises:
+        ConfigError: it says something else.
+    """
+    mode = os.environ.get("ENTROPY_MONITOR_MODE", "").lower()
+    if mode not in ("", "disabled"):
+        raise ConfigError(f"expected ENTROPY_MONITOR_MODE to be 'disabled' or unset; found {mode!r}: correct it")
+    return mode == "disabled"
+
+
 def load_config(
     *,
     run: str | os.PathLike[str] | None = None,

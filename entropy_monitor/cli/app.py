@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from entropy_monitor import __version__
-from entropy_monitor.cli import dashboard, demo, doctor, phase, rank, status, watch
+from entropy_monitor.cli import dashboard, demo, doctor, phase, rank, run, status, watch
 from entropy_monitor.errors import ConfigError, EntropyMonitorError, NotARunError, RunNotFoundError
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command(name="demo")(demo.demo)
+app.command(name="run", context_settings={"allow_interspersed_args": False})(run.run)
 app.command(name="watch")(watch.watch)
 app.command(name="dashboard")(dashboard.dashboard)
 app.command(name="status")(status.status)

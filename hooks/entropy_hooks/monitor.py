@@ -56,6 +56,10 @@ class Monitor:
         self.options = options
         self.run_url = run_url
         """The run it writes to; None when disabled."""
+        self.model_name = ""
+        """Class of the observed model."""
+        self.layers: tuple[str, ...] = ()
+        """The observed layers, in model order."""
         self._faults = faults
         self.phase_control = PhaseControl(faults)
         self._session: Session | None = None
@@ -68,6 +72,11 @@ class Monitor:
     def enabled(self) -> bool:
         """Whether it observes: False after `detach`, when switched off, or when the store could not be opened."""
         return self._session is not None
+
+    @property
+    def why_disabled(self) -> str:
+        """What went wrong, in one line; empty when nothing did."""
+        return self._faults.describe()
 
     @property
     def phase(self) -> Phase:
@@ -131,6 +140,11 @@ class Monitor:
     def detach(self) -> None:
         """Remove every hook, write what is queued and say goodbye; calling it again does nothing."""
         self.close(DETACH_TIMEOUT_S)
+
+    def remove_hooks(self) -> None:
+        """The part of `detach` that belongs on the training thread; what is queued waits for `close`."""
+        if self._session is not None:
+            self._session.remove_hooks()
 
     def close(self, timeout_s: float) -> None:
         """`detach`, with a limit on how long the disk may take."""

@@ -67,8 +67,7 @@ class Pulse:
         self._thread = threading.Thread(target=self._work, name="entropy-pulse", daemon=True)
 
     def start(self) -> None:
-        """Write the first heartbeat and start the thread."""
-        self._beat()
+        """Start the thread, whose first act is a heartbeat: the training thread never waits for the store here."""
         self._thread.start()
 
     def stop(self, timeout_s: float) -> None:
@@ -92,6 +91,7 @@ class Pulse:
             return False
 
     def _work(self) -> None:
+        self._beat()
         next_beat = time.monotonic() + PERIOD_S
         while not self._stop.wait(COMMAND_PERIOD_S):
             due = time.monotonic() >= next_beat

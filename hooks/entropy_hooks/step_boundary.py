@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from entropy_hooks.untraced import untraced
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
@@ -23,8 +25,8 @@ class StepBoundary:
         self._awaited = self._all = frozenset(map(id, optimizers))
         self._handles: list[RemovableHandle] = []
         for optimizer in optimizers:
-            self._handles.append(optimizer.register_step_pre_hook(self._enter))
-            self._handles.append(optimizer.register_step_post_hook(self._leave))
+            self._handles.append(optimizer.register_step_pre_hook(untraced(self._enter)))
+            self._handles.append(optimizer.register_step_post_hook(untraced(self._leave)))
 
     def remove(self) -> None:
         """Take the hooks away."""
