@@ -5,8 +5,8 @@ At every moment the borrowed thread can find its way back alone, for whoever tra
 1. stop the thread; below its stack pointer write a signal frame that holds its state (`frame`);
 2. set its registers, in one step, to the function's entry with that frame as return address. From here on, if the
    tracer dies, the kernel lets the thread go, the function returns into ``rt_sigreturn`` and the thread goes on;
-3. stop it again where it enters ``rt_sigreturn``, put the registers back as they were found, and let it go. This way
-   back is the better one: an interrupted system call is restarted by the kernel itself, with what is left of its timeout.
+3. stop it again where it enters ``rt_sigreturn``, put the registers back as they were found, and let it go. The
+   kernel then restarts an interrupted system call itself, with what is left of its timeout.
 """
 
 from __future__ import annotations
@@ -181,6 +181,9 @@ class Borrowed:
         """Whether the thread is in the middle of code that the kernel restarts after an interruption (rseq).
 
         The kernel looks at where a thread is when it goes on, and elsewhere it takes the sequence for finished.
+
+        Returns:
+            True if it must go on a little first.
         """
         area = self.tracee.rseq_area()
         if area is None:

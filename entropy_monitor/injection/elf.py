@@ -1,5 +1,7 @@
-"""Exported symbols of a running process, read from its memory: no file is opened, so that containers, replaced
-packages and other people's file systems make no difference."""
+"""Exported symbols of a running process, read from its memory.
+
+No file is opened, so that containers, replaced packages and other people's file systems make no difference.
+"""
 
 from __future__ import annotations
 
@@ -112,9 +114,9 @@ class _Tables:
         for index in self._gnu_candidates(wanted[:-1]) if _GNU_HASH in self._at else self._candidates(wanted[:-1]):
             at = self._at[_SYMTAB] + index * _SYMBOL_BYTES
             string, info, _, section, value, _ = struct.unpack("<IBBHQQ", self._read(at, _SYMBOL_BYTES))
-            if section and value and info & 15 != _IFUNC:
-                if self._read(self._at[_STRTAB] + string, len(wanted)) == wanted:
-                    return value + self._bias
+            defined = section and value and info & 15 != _IFUNC
+            if defined and self._read(self._at[_STRTAB] + string, len(wanted)) == wanted:
+                return value + self._bias
         return None
 
     def _gnu_candidates(self, name: bytes) -> Iterable[int]:

@@ -117,7 +117,9 @@ def build(registers: Registers, xstate: bytes, mask: int, sigreturn: int, layout
     area_at = (registers.rsp - _RED_ZONE - len(area)) & ~63
     address = ((area_at - _FRAME_BYTES) & ~15) - 8  # as after a call instruction
     # A size of zero is refused by sigaltstack and keeps the thread's alternate stack as it is.
-    context = struct.pack("<QQQIIQ", _UC_FLAGS, 0, 0, 0, 0, 0) + _sigcontext(registers, area_at) + struct.pack("<Q", mask)
+    context = (
+        struct.pack("<QQQIIQ", _UC_FLAGS, 0, 0, 0, 0, 0) + _sigcontext(registers, area_at) + struct.pack("<Q", mask)
+    )
     head = struct.pack("<Q", sigreturn) + context + bytes(128)
     return Frame(address, head.ljust(area_at - address, b"\0") + bytes(area))
 

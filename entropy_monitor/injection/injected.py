@@ -1,4 +1,4 @@
-"""What runs inside the target. Never imported there: its text is executed in a namespace of its own, with ``PLAN`` in it.
+"""What runs inside the target: never imported, its text is executed in a namespace of its own.
 
 Standard library only, CPython 3.11 or newer; no name is left anywhere, and nothing is raised into the target.
 """
@@ -9,13 +9,15 @@ import json
 import os
 import sys
 import threading
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 
 def start(plan: dict[str, Any]) -> None:
     """Free the memory that the code came in, and carry out the request on a thread of its own."""
     free(plan)
-    if os.path.isdir(plan["answers"]):  # else the one that asked has given up
+    if Path(plan["answers"]).is_dir():  # else the one that asked has given up
         # Not this thread itself: threading does not know it, and would keep a stand-in for it for ever.
         threading.Thread(target=carry_out, args=(plan,), name="entropy-monitor-request", daemon=True).start()
 
@@ -48,12 +50,10 @@ def carry_out(plan: dict[str, Any]) -> None:
 
 def write(directory: str, message: dict[str, Any]) -> None:
     """Leave the answer where it is waited for."""
-    path = os.path.join(directory, "reply.json")
+    part = Path(directory, "reply.json.part")
     try:
-        with open(path + ".part", "x", encoding="ascii") as file:
-            json.dump(message, file, default=str)
-            file.write("\n")
-        os.rename(path + ".part", path)
+        part.write_text(json.dumps(message, default=str) + "\n", encoding="ascii")
+        part.rename(part.with_suffix(""))
     except OSError:  # the one that asked has given up
         return
 
@@ -61,21 +61,25 @@ def write(directory: str, message: dict[str, Any]) -> None:
 def find_submit(plan: dict[str, Any]) -> Any:
     """Import the hooks, from the target's own packages, else from where the asking side has them."""
     try:
-        from entropy_hooks.remote import submit
+        return hooks()
     except ImportError as error:
         if error.name not in {"entropy_hooks", "entropy_monitor", "tensorstore", "zarr"}:
             raise
         if "torch" not in sys.modules:
             raise ImportError("it has not imported torch", name="torch") from None
-        added = [path for path in plan["paths"] if path not in sys.path and os.path.isdir(path)]
+        added = [path for path in plan["paths"] if path not in sys.path and Path(path).is_dir()]
         sys.path.extend(added)
         try:
-            from entropy_hooks.remote import submit
+            return hooks()
         except ImportError:
             for path in added:
                 sys.path.remove(path)
             raise
-    return submit
+
+
+def hooks() -> Any:
+    """Import the function that takes requests."""
+    return import_module("entropy_hooks.remote").submit
 
 
 def missing(error: ImportError) -> str:
@@ -83,5 +87,7 @@ def missing(error: ImportError) -> str:
     version = ".".join(map(str, sys.version_info[:3]))
     where = f"Python {version} at {sys.executable}"
     if error.name == "torch":
-        return f"expected a PyTorch job; found {where} without torch in use: give the pid of the training process itself"
+        return (
+            f"expected a PyTorch job; found {where} without torch in use: give the pid of the training process itself"
+        )
     return f"expected entropy-monitor in {where}; found {error}: pip install 'entropy-monitor[train]' there"

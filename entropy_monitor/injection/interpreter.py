@@ -6,6 +6,7 @@ import os
 import re
 import struct
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from entropy_monitor.errors import AttachError, NoSuchProcessError
@@ -50,9 +51,7 @@ def is_python(pid: int) -> bool:
     Returns:
         True for a program or library named after Python.
     """
-    return any("python" in module.name for module in _modules(pid)) or "python" in os.path.basename(
-        executable(pid) or ""
-    )
+    return "python" in Path(executable(pid) or "").name or any("python" in module.name for module in _modules(pid))
 
 
 def maps_torch(pid: int) -> bool:
@@ -71,7 +70,7 @@ def named_version(pid: int) -> tuple[int, int] | None:
         Major and minor, or None.
     """
     for path in [executable(pid) or "", *(module.path for module in _modules(pid) if "libpython" in module.name)]:
-        if found := _NAMED_VERSION.search(os.path.basename(path)):
+        if found := _NAMED_VERSION.search(Path(path).name):
             return int(found[1]), int(found[2])
     return None
 
@@ -101,7 +100,9 @@ def read_interpreter(pid: int) -> Interpreter:
         with Memory(pid) as memory:
             return _read(pid, memory.read)
     except (FileNotFoundError, ProcessLookupError):
-        raise NoSuchProcessError(f"expected a running process; found that {pid} has ended: start the job again") from None
+        raise NoSuchProcessError(
+            f"expected a running process; found that {pid} has ended: start the job again"
+        ) from None
     except (struct.error, OverflowError) as error:  # the process ended or replaced itself in between
         raise AttachError(f"expected to read process {pid}; found it changing ({error}): try again") from None
 
@@ -135,9 +136,9 @@ def _version(read: Read, found: dict[str, int], module: Module, pid: int) -> tup
     """Since 3.11 CPython exports its version as a number."""
     if "Py_Version" not in found:
         named = _NAMED_VERSION.search(module.name)
+        older = f"{named[1]}.{named[2]}" if named else "an older one"
         raise AttachError(
-            f"expected CPython 3.11 or newer in process {pid}; found {f'{named[1]}.{named[2]}' if named else 'an older one'}"
-            ": run the job with a newer Python"
+            f"expected CPython 3.11 or newer in process {pid}; found {older}: run the job with a newer Python"
         )
     (number,) = struct.unpack("<Q", read(found["Py_Version"], 8))
     version = number >> 24 & 255, number >> 16 & 255, number >> 8 & 255
@@ -154,21 +155,24 @@ def _check_running(read: Read, runtime: int, version: tuple[int, int, int], pid:
     `Py_IsInitialized` cannot be asked without running it, so that what it reads is read: the first fields of
     ``_PyRuntime`` are five ints (the fifth is "initialized") and a pointer to the finalising thread; from 3.13 on a
     table for debuggers says where the pointers to the finalising thread and to the first interpreter are.
+
+    Raises:
+        AttachError: it cannot take a call now.
     """
     if version >= (3, 13):
         header = struct.unpack("<8sQQQQQ", read(runtime, 48))
         if header[0] != b"xdebugpy":
-            raise AttachError(f"expected the debugger's table of CPython {version} in process {pid}; found none: report it")
+            raise AttachError(
+                f"expected the debugger's table of CPython {version} in process {pid}; found none: report it"
+            )
         finalizing_at, interpreters_at = header[4], header[5]
         (started,) = struct.unpack("<Q", read(runtime + interpreters_at, 8))
         (finalizing,) = struct.unpack("<Q", read(runtime + finalizing_at, 8))
     else:
         *_, started, finalizing = struct.unpack("<5i4xQ", read(runtime, 32))
     if not started or finalizing:
-        raise AttachError(
-            f"expected a running interpreter in process {pid}; found one that is {'ending' if finalizing else 'starting'}"
-            ": try again in a second"
-        )
+        now = "ending" if finalizing else "starting"
+        raise AttachError(f"expected a running interpreter in process {pid}; found it {now}: try again in a second")
 
 
 def _first_symbol(read: Read, modules: Sequence[Module], name: str) -> int | None:

@@ -1,5 +1,7 @@
-"""The process that holds a target still: apart from the one that the user sees, so that Ctrl-C, SIGTERM, SIGHUP or the
-death of that one cannot reach it in the middle."""
+"""The process that holds a target still.
+
+It is apart from the one that the user sees, so that Ctrl-C, SIGTERM, SIGHUP or the death of that one cannot reach it.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from entropy_monitor.injection.borrow import BorrowError, Borrowed
+from entropy_monitor.injection.borrow import Borrowed, BorrowError
 from entropy_monitor.injection.frame import kernel_layout
 from entropy_monitor.injection.memory import Memory
 from entropy_monitor.injection.ptrace import Tracee
