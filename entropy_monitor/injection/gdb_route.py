@@ -2,18 +2,23 @@
 
 gdb stops every thread, takes longer, and a SIGKILL of gdb itself would leave the process in the middle of a call: it is
 the last resort. Addresses are given as numbers, so that it reads no symbols while the process stands still.
+
+Some gdbs cannot write the vector registers of newer processors and leave a process broken: it is tried first on a
+process of our own.
 """
 
 from __future__ import annotations
 
 import shutil
 import subprocess
+import sys
 import tempfile
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from entropy_monitor.errors import AttachError
+from entropy_monitor.injection.interpreter import read_interpreter
 from entropy_monitor.injection.rights import check_state, refuse
 from entropy_monitor.injection.shield import ADDRESS_MARK, SIZE_MARK
 
@@ -22,6 +27,9 @@ if TYPE_CHECKING:
     from entropy_monitor.injection.process import Process
 
 _LIMIT_S = 60.0
+_REHEARSAL_S = 5.0
+_REHEARSED = 42
+_DONE = "OUTCOME 0"
 _PAGE = 4096
 _FIXED = 0x100022
 """MAP_PRIVATE, MAP_ANONYMOUS, MAP_FIXED_NOREPLACE: so that the code can name its own address."""
@@ -73,38 +81,65 @@ def queue_by_gdb(process: Process, interpreter: Interpreter, code: str) -> None:
     if unfit := gdb_unfit(interpreter):
         raise AttachError(f"expected gdb; found that {unfit}: install gdb, or start the job with `entropy-monitor run`")
     check_state(process)
+    _rehearse()
+    said = _enter(process.pid, interpreter, code)
+    if _DONE not in said:
+        if "ptrace: Operation not permitted" in said:
+            refuse(process)
+        raise AttachError(f"expected gdb to enter process {process.pid}; found {_tail(said)}: use another --method")
+
+
+def _rehearse() -> None:
+    """Have gdb enter a process of ours, which must take it well."""
+    # It tells when it is there to be entered, and ends when it has been.
+    program = "import sys, time; print(flush=True)\nfor _ in range(1000): time.sleep(0.01)"
+    with subprocess.Popen([sys.executable, "-I", "-S", "-c", program], stdout=subprocess.PIPE) as own:
+        try:
+            assert own.stdout is not None
+            own.stdout.readline()
+            said = _enter(own.pid, read_interpreter(own.pid), "__import__('os')._exit(42)")
+            ended = own.wait(_REHEARSAL_S) if _DONE in said else None
+        except subprocess.TimeoutExpired:
+            ended, said = None, "no answer"
+        finally:
+            own.kill()
+    if ended != _REHEARSED:
+        raise AttachError(
+            f"expected a gdb that can call a function in a process; found one that breaks it ({_tail(said)}): install a "
+            "newer gdb, or start the job with `entropy-monitor run`"
+        )
+
+
+def _tail(said: str) -> str:
+    return " ".join(said.split())[-160:] or "silence"
+
+
+def _enter(pid: int, interpreter: Interpreter, code: str) -> str:
     size = (len(code) + _PAGE) // _PAGE * _PAGE
-    address = _free_address(process.pid, size)
+    address = _free_address(pid, size)
     placed = code.replace(ADDRESS_MARK, f"{address:#018x}").replace(SIZE_MARK, f"{size:#018x}")
     with tempfile.TemporaryDirectory() as directory:
         file, script = Path(directory, "code"), Path(directory, "script")
         file.write_bytes(placed.encode("ascii") + b"\0")
-        script.write_text(
-            _SCRIPT.format(
-                pid=process.pid,
-                mmap=interpreter.mmap,
-                add=interpreter.add_pending_call,
-                run=interpreter.run_simple_string,
-                address=address,
-                size=size,
-                flags=_FIXED,
-                file=file,
-            ),
-            encoding="ascii",
+        filled = _SCRIPT.format(
+            pid=pid,
+            mmap=interpreter.mmap,
+            add=interpreter.add_pending_call,
+            run=interpreter.run_simple_string,
+            address=address,
+            size=size,
+            flags=_FIXED,
+            file=file,
         )
-        said = _gdb(process, script)
-    if "OUTCOME 0" not in said:
-        if "ptrace: Operation not permitted" in said:
-            refuse(process)
-        last = " ".join(said.split())[-200:] or "nothing"
-        raise AttachError(f"expected gdb to enter process {process.pid}; found {last}: use another --method")
+        script.write_text(filled, encoding="ascii")
+        return _gdb(pid, script)
 
 
-def _gdb(process: Process, script: Path) -> str:
+def _gdb(pid: int, script: Path) -> str:
     settings = [part for setting in _SETTINGS for part in ("-iex", setting)]
     try:
         ended = subprocess.run(
-            ["gdb", "-batch", "-nx", "-nw", *settings, f"/proc/{process.pid}/exe", "-x", str(script)],
+            ["gdb", "-batch", "-nx", "-nw", *settings, f"/proc/{pid}/exe", "-x", str(script)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
