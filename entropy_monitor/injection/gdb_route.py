@@ -93,7 +93,8 @@ def _rehearse() -> None:
     """Have gdb enter a process of ours, which must take it well."""
     # It tells when it is there to be entered, and ends when it has been.
     program = "import sys, time; print(flush=True)\nfor _ in range(1000): time.sleep(0.01)"
-    with subprocess.Popen([sys.executable, "-I", "-S", "-c", program], stdout=subprocess.PIPE) as own:
+    command = [sys.executable, "-I", "-S", "-c", program]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as own:
         try:
             assert own.stdout is not None
             own.stdout.readline()
@@ -105,7 +106,7 @@ def _rehearse() -> None:
             own.kill()
     if ended != _REHEARSED:
         raise AttachError(
-            f"expected a gdb that can call a function in a process; found one that breaks it ({_tail(said)}): install a "
+            f"expected a gdb that can call a function; found one that breaks the process ({_tail(said)}): install a "
             "newer gdb, or start the job with `entropy-monitor run`"
         )
 
