@@ -17,7 +17,7 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from entropy_monitor.injection.frame import build, interrupted
+from entropy_monitor.injection.frame import FUTEX, build, interrupted
 from entropy_monitor.injection.ptrace import Kind, Registers, Stop, Tracee
 
 if TYPE_CHECKING:
@@ -106,6 +106,16 @@ class Borrowed:
         if failure:
             self.tracee.detach()
             raise BorrowError(failure)
+
+    def wake(self) -> None:
+        """Interrupt the thread's wait for a lock, as a signal would.
+
+        CPython then looks for queued calls before it waits again, and so does everybody else who waits in a futex:
+        they all look whether what they wait for has come. Other waits are left alone.
+        """
+        found = self.tracee.registers()
+        if found.orig_rax == FUTEX:
+            self.tracee.set_registers(interrupted(found))
 
     def _run(self, frame: Frame) -> str:
         """Let the function run until it returns, or say why it did not; the registers may then be put back."""

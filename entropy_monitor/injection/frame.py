@@ -30,7 +30,7 @@ _RESTART_SYSCALL = range(-514, -511)
 _RESTART_BLOCK = -516
 """The call is made again with what is left of its timeout, which only the kernel knows."""
 _EINTR = 4
-_FUTEX = 202
+FUTEX = 202
 _FUTEX_ABSOLUTE = frozenset({6, 9, 11, 13})
 """Operations whose timeout is a moment, not a duration: they can be made again as they are."""
 
@@ -146,7 +146,7 @@ def resumed(registers: Registers) -> Registers:
     if ctypes.c_int64(registers.orig_rax).value < 0:
         return ready
     exact = result in _RESTART_SYSCALL or (
-        result == _RESTART_BLOCK and registers.orig_rax == _FUTEX and registers.rsi & 0x7F in _FUTEX_ABSOLUTE
+        result == _RESTART_BLOCK and registers.orig_rax == FUTEX and registers.rsi & 0x7F in _FUTEX_ABSOLUTE
     )
     if exact:
         ready.rax = registers.orig_rax

@@ -121,17 +121,24 @@ def temporary_directories(environ: dict[str, str]) -> list[str]:
     return [path for path in [*chosen, "/tmp", "/var/tmp", "/usr/tmp"] if path.startswith("/")]
 
 
+def blocking_call(pid: int) -> int | None:
+    """The system call in which the main thread waits.
+
+    Returns:
+        Its number, or None if it computes, or we may not see.
+    """
+    try:
+        number = Path(f"/proc/{pid}/syscall").read_text(encoding="ascii").split()[0]
+    except OSError:
+        return None
+    return int(number) if number.isdecimal() else None
+
+
 def where_blocked(pid: int) -> str:
     """What the main thread does, for a message.
 
     Returns:
         A few words.
     """
-    try:
-        call = Path(f"/proc/{pid}/syscall").read_text(encoding="ascii").split()[0]
-        waits = Path(f"/proc/{pid}/wchan").read_text(encoding="ascii").strip("\0\n 0")
-    except (OSError, IndexError):
-        return "its main thread is not in Python code"
-    if call == "running":
-        return "its main thread computes outside of Python"
-    return f"its main thread waits in system call {call}{f' ({waits})' if waits else ''}"
+    call = blocking_call(pid)
+    return "its main thread is busy" if call is None else f"its main thread waits in system call {call}"

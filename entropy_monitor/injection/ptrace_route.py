@@ -6,6 +6,8 @@ import os
 from typing import TYPE_CHECKING, NoReturn
 
 from entropy_monitor.errors import AttachError, NoSuchProcessError
+from entropy_monitor.injection.frame import FUTEX
+from entropy_monitor.injection.process import blocking_call
 from entropy_monitor.injection.rights import check_state, refuse
 from entropy_monitor.injection.shield import Plan, inject
 
@@ -47,19 +49,32 @@ def queue_by_ptrace(process: Process, interpreter: Interpreter, code: str) -> Ou
     if unfit := ptrace_unfit(process, interpreter):
         raise AttachError(f"expected a process that ptrace can enter; found that {unfit}: use --method gdb")
     check_state(process)
-    outcome = inject(
-        Plan(
-            pid=process.pid,
-            mmap=interpreter.mmap or 0,
-            add_pending_call=interpreter.add_pending_call,
-            run_simple_string=interpreter.run_simple_string,
-            sigreturn=interpreter.sigreturn or 0,
-            code=code,
-        )
-    )
+    outcome = inject(_plan(process, interpreter, code))
     if outcome.reason:
         _refuse(process, outcome)
     return outcome
+
+
+def wake(process: Process, interpreter: Interpreter) -> None:
+    """If the main thread of a process waits for a lock, have it look whether a call is queued, and then wait on.
+
+    Args:
+        process: the process.
+        interpreter: its CPython.
+    """
+    if blocking_call(process.pid) == FUTEX:
+        inject(_plan(process, interpreter, ""))  # a refusal changes nothing: the call stays queued
+
+
+def _plan(process: Process, interpreter: Interpreter, code: str) -> Plan:
+    return Plan(
+        pid=process.pid,
+        mmap=interpreter.mmap or 0,
+        add_pending_call=interpreter.add_pending_call,
+        run_simple_string=interpreter.run_simple_string,
+        sigreturn=interpreter.sigreturn or 0,
+        code=code,
+    )
 
 
 def _refuse(process: Process, outcome: Outcome) -> NoReturn:

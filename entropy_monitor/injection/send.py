@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Literal, get_args
 
 from entropy_monitor.errors import AttachError, NoSuchProcessError
@@ -12,13 +13,15 @@ from entropy_monitor.injection.gdb_route import gdb_unfit, queue_by_gdb
 from entropy_monitor.injection.interpreter import is_python, named_version, read_interpreter
 from entropy_monitor.injection.mailbox import Mailbox
 from entropy_monitor.injection.process import ZOMBIE, read_process, where_blocked
-from entropy_monitor.injection.ptrace_route import ptrace_unfit, queue_by_ptrace
+from entropy_monitor.injection.ptrace_route import ptrace_unfit, queue_by_ptrace, wake
 from entropy_monitor.injection.remote_exec_route import queue_by_remote_exec, remote_exec_unfit
 from entropy_monitor.injection.rights import check_state, refuse
 from entropy_monitor.injection.socket_route import ask_socket, listens
 from entropy_monitor.injection.stub import package_paths, stub
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from entropy_monitor.injection.interpreter import Interpreter
     from entropy_monitor.injection.process import Process
     from entropy_monitor.injection.protocol import Reply, Request
@@ -28,7 +31,8 @@ METHODS: tuple[str, ...] = get_args(Method)
 GRACE_S = 5.0
 """Longer than the target has for its answer, so that its own words on a timeout are the ones that are shown."""
 _POLL_S = 0.01
-_LOOK_S = 0.5
+_LOOK_S, _LOOK_AT_MOST_S = 0.25, 4.0
+"""When an unanswered request makes us look after the target: soon, and then ever more rarely."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,17 +130,23 @@ def send(route: Route, request: Request, wait_s: float, cancel: threading.Event 
                 queue_by_gdb(process, interpreter, code)
             case _:
                 queue_by_remote_exec(process, interpreter, mailbox.put("request.py", code))
-        reply = _await(mailbox, process, wait_s, cancel or threading.Event())
+        look = partial(wake, process, interpreter) if route.method == "ptrace" else None
+        reply = _await(mailbox, process, wait_s, cancel or threading.Event(), look)
     return reply, Route(process=process, method=route.method, interpreter=interpreter, stopped_s=stopped_s)
 
 
-def _await(mailbox: Mailbox, process: Process, wait_s: float, cancel: threading.Event) -> Reply:
+def _await(
+    mailbox: Mailbox, process: Process, wait_s: float, cancel: threading.Event, wake: Callable[[], None] | None
+) -> Reply:
     now = time.monotonic()
-    deadline, look = now + wait_s + GRACE_S, now + _LOOK_S
+    deadline, look, pause = now + wait_s + GRACE_S, now + _LOOK_S, _LOOK_S
     while (reply := mailbox.reply()) is None:
         now = time.monotonic()
         if now >= look:
-            look = now + _LOOK_S
+            pause *= 2
+            look = now + min(pause, _LOOK_AT_MOST_S)
+            if wake is not None:
+                wake()
             if read_process(process.pid).state in ZOMBIE:
                 raise NoSuchProcessError(
                     f"expected an answer of process {process.pid}; found that it has ended: see its own output"

@@ -40,6 +40,7 @@ class Plan:
     run_simple_string: int
     sigreturn: int
     code: str
+    """Empty: queue nothing, only wake the main thread out of a wait for a lock, so that it looks for queued calls."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,7 +109,10 @@ def _attempt(plan: Plan, borrowed: Borrowed) -> Outcome:
     started = time.perf_counter()
     try:
         borrowed.begin()
-        _queue(plan, borrowed)
+        if plan.code:
+            _queue(plan, borrowed)
+        else:
+            borrowed.wake()
         borrowed.end()
     except BorrowError as error:
         return Outcome(reason=error.reason, detail=error.detail, stopped_s=time.perf_counter() - started)
