@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from entropy_monitor.errors import AttachError, ConfigError, NoSuchProcessError
-from entropy_monitor.injection import METHODS, Method, Rank, choose_route, find_ranks, send
+from entropy_monitor.injection.ranks import Rank, find_ranks
+from entropy_monitor.injection.send import METHODS, Method, choose_route, send
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from entropy_monitor.injection import Reply, Request, Route
+    from entropy_monitor.injection.protocol import Reply, Request
+    from entropy_monitor.injection.send import Route
 
 _EXIT_NO_PROCESS = 3
 

@@ -1,9 +1,5 @@
-"""Entering a running, unmodified Python process: standard library only, nothing of ours but the errors."""
+"""Entering a running, unmodified Python process: standard library only, nothing of ours but the errors.
 
-from __future__ import annotations
-
-from entropy_monitor.injection.protocol import Reply, Request
-from entropy_monitor.injection.ranks import Rank, find_ranks
-from entropy_monitor.injection.send import METHODS, Method, Route, choose_route, send
-
-__all__ = ["METHODS", "Method", "Rank", "Reply", "Request", "Route", "choose_route", "find_ranks", "send"]
+``send.choose_route`` finds the way in, ``send.send`` sends a request; ``protocol`` is what both sides know. Nothing is
+imported here: the process that holds a target still starts in a hurry.
+"""

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING
 
 from entropy_monitor.errors import AttachError
 from entropy_monitor.injection.interpreter import read_interpreter
+from entropy_monitor.injection.plan import ADDRESS_MARK, SIZE_MARK
 from entropy_monitor.injection.rights import check_state, refuse
-from entropy_monitor.injection.shield import ADDRESS_MARK, SIZE_MARK
 
 if TYPE_CHECKING:
     from entropy_monitor.injection.interpreter import Interpreter

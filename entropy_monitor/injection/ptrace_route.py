@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from entropy_monitor.errors import AttachError, NoSuchProcessError
 from entropy_monitor.injection.frame import FUTEX
+from entropy_monitor.injection.plan import Outcome, Plan
 from entropy_monitor.injection.process import blocking_call
 from entropy_monitor.injection.rights import check_state, refuse
-from entropy_monitor.injection.shield import Plan, inject
 
 if TYPE_CHECKING:
     from entropy_monitor.injection.interpreter import Interpreter
     from entropy_monitor.injection.process import Process
-    from entropy_monitor.injection.shield import Outcome
+
+
+_RUNNER = "import sys; sys.path.insert(0, sys.argv[1]); from entropy_monitor.injection.shield import main; main()"
+_LIMIT_S = 60.0
 
 
 def ptrace_unfit(process: Process, interpreter: Interpreter) -> str | None:
@@ -49,7 +57,7 @@ def queue_by_ptrace(process: Process, interpreter: Interpreter, code: str) -> Ou
     if unfit := ptrace_unfit(process, interpreter):
         raise AttachError(f"expected a process that ptrace can enter; found that {unfit}: use --method gdb")
     check_state(process)
-    outcome = inject(_plan(process, interpreter, code))
+    outcome = _inject(_plan(process, interpreter, code))
     if outcome.reason:
         _refuse(process, outcome)
     return outcome
@@ -63,7 +71,7 @@ def wake(process: Process, interpreter: Interpreter) -> None:
         interpreter: its CPython.
     """
     if blocking_call(process.pid) == FUTEX:
-        inject(_plan(process, interpreter, ""))  # a refusal changes nothing: the call stays queued
+        _inject(_plan(process, interpreter, ""))  # a refusal changes nothing: the call stays queued
 
 
 def _plan(process: Process, interpreter: Interpreter, code: str) -> Plan:
@@ -75,6 +83,29 @@ def _plan(process: Process, interpreter: Interpreter, code: str) -> Plan:
         sigreturn=interpreter.sigreturn or 0,
         code=code,
     )
+
+
+def _inject(plan: Plan) -> Outcome:
+    """Carry out a plan, in a shield process."""
+    root = str(Path(__file__).resolve().parents[2])
+    shield = subprocess.Popen(
+        [sys.executable, "-I", "-S", "-c", _RUNNER, root],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        cwd="/",
+    )
+    try:
+        out, err = shield.communicate(json.dumps(asdict(plan)).encode(), _LIMIT_S)
+    except subprocess.TimeoutExpired:
+        shield.kill()  # whatever the target is doing, it comes back by itself
+        shield.communicate()
+        return Outcome(reason="unresponsive")
+    if shield.returncode:
+        last = err.decode(errors="replace").strip().splitlines()[-1:]
+        return Outcome(reason="shield", detail=last[0] if last else f"exit code {shield.returncode}")
+    return Outcome(**json.loads(out))
 
 
 def _refuse(process: Process, outcome: Outcome) -> NoReturn:

@@ -5,83 +5,25 @@ It is apart from the one that the user sees, so that Ctrl-C, SIGTERM, SIGHUP or 
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict
 
 from entropy_monitor.injection.borrow import Borrowed, BorrowError
 from entropy_monitor.injection.frame import kernel_layout
 from entropy_monitor.injection.memory import Memory
+from entropy_monitor.injection.plan import ADDRESS_MARK, SIZE_MARK, Outcome, Plan
 from entropy_monitor.injection.ptrace import Tracee
 
-ADDRESS_MARK, SIZE_MARK = "0xfedcba9876543210", "0xfedcba9876543211"
-"""Stand in the code for the address at which it comes to lie, and the size of its mapping."""
 _MMAP = 9
 _READ_WRITE, _PRIVATE_ANONYMOUS = 3, 0x22
 _PAGE = 4096
 _ATTEMPTS = 3
-_RUNNER = "import sys; sys.path.insert(0, sys.argv[1]); from entropy_monitor.injection.shield import main; main()"
-_LIMIT_S = 60.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
-    """What to do to a target."""
-
-    pid: int
-    mmap: int
-    add_pending_call: int
-    run_simple_string: int
-    sigreturn: int
-    code: str
-    """Empty: queue nothing, only wake the main thread out of a wait for a lock, so that it looks for queued calls."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
-    """What was done."""
-
-    reason: str = ""
-    """Empty if the code is queued in the target; else one word, see `entropy_monitor.injection.borrow`."""
-    detail: str = ""
-    stopped_s: float = 0.0
-    """How long the target's main thread stood still."""
-
-
-def inject(plan: Plan) -> Outcome:
-    """Queue code in a target, from a shield process.
-
-    Args:
-        plan: what to do.
-
-    Returns:
-        What was done.
-    """
-    root = str(Path(__file__).resolve().parents[2])
-    shield = subprocess.Popen(
-        [sys.executable, "-I", "-S", "-c", _RUNNER, root],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-        cwd="/",
-    )
-    try:
-        out, err = shield.communicate(json.dumps(asdict(plan)).encode(), _LIMIT_S)
-    except subprocess.TimeoutExpired:
-        shield.kill()  # whatever the target is doing, it comes back by itself
-        shield.communicate()
-        return Outcome(reason="unresponsive")
-    if shield.returncode:
-        last = err.decode(errors="replace").strip().splitlines()[-1:]
-        return Outcome(reason="shield", detail=last[0] if last else f"exit code {shield.returncode}")
-    return Outcome(**json.loads(out))
 
 
 def main() -> None:
@@ -91,6 +33,8 @@ def main() -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     plan = Plan(**json.loads(sys.stdin.buffer.read()))
     gc.disable()
+    with contextlib.suppress(OSError):  # where we may, we go before others: the target waits for us
+        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
     outcome = Outcome()
     for _ in range(_ATTEMPTS):
         with Memory(plan.pid, write=True) as memory:

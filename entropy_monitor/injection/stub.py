@@ -9,7 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from entropy_monitor.injection.shield import ADDRESS_MARK, SIZE_MARK
+from entropy_monitor.injection.plan import ADDRESS_MARK, SIZE_MARK
 
 if TYPE_CHECKING:
     from entropy_monitor.injection.protocol import Request

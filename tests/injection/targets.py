@@ -112,7 +112,7 @@ class Target:
             small += len(fields) == 5 and fields[1] == "rw-p" and end - start <= 1 << 16
         return small
 
-    def finish(self) -> Result:
+    def finish(self, allowed: tuple[str, ...] = ()) -> Result:
         """Let it end, and check that it computed what its undisturbed twin computes."""
         self._stop.touch()
         out, err = self.process.communicate(timeout=DEADLINE_S)
@@ -122,9 +122,9 @@ class Target:
         for kind, steps, digest in result.chains:
             assert steps > 0
             assert digest == self._twin(kind, steps), kind
-        assert result.faults == []
-        assert result.names == []
-        assert result.threads == ["MainThread"]
+        assert [fault for fault in result.faults if not fault.startswith(allowed or ("-",))] == []
+        assert result.names == [], result.names
+        assert [name for name in result.threads if name.startswith(("entropy", "Dummy"))] == []
         return result
 
     def _twin(self, kind: str, steps: int) -> str:

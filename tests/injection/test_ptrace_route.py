@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from entropy_monitor.injection import Request, choose_route, send
+from entropy_monitor.injection.protocol import Request
+from entropy_monitor.injection.send import choose_route, send
 
 from .targets import Target, need_python
 
