@@ -20,12 +20,29 @@ if TYPE_CHECKING:
 _MAIN = """\
 try:
     __import__("threading")
-    __import__("_thread").start_new_thread(__import__("builtins").exec, ({text!a}, {{"PLAN": {{
+    __import__("_thread").start_new_thread(__import__("builtins").exec, ({outer!a}, {{"TEXT": {text!a}, "PLAN": {{
         "request": {request!a}, "answers": {answers!a}, "paths": {paths!a}, "address": {address}, "size": {size}}}}}))
 except BaseException:
     if issubclass(__import__("sys").exc_info()[0], KeyboardInterrupt) or __import__("sys").exc_info()[2].tb_next:
         __import__("_thread").start_new_thread(__import__("builtins").exec, ({again!a}, {{
             "kind": __import__("sys").exc_info()[0], "thread": __import__("_thread").get_ident()}}))
+"""
+# Where not even the standard library can be imported, the answer is written with what every Python has loaded.
+_OUTER = """\
+try:
+    inner = {"__name__": "entropy_monitor_request"}
+    exec(TEXT, inner)
+    inner["start"](PLAN)
+except BaseException as error:
+    import os
+    said = ascii(f"{type(error).__name__}: {error}").replace(chr(92), "/").replace(chr(34), "'")
+    try:
+        file = os.open(PLAN["answers"] + "/reply.json.part", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        os.write(file, b'{"ok": false, "message": "%s"}\\n' % said.encode())
+        os.close(file)
+        os.rename(PLAN["answers"] + "/reply.json.part", PLAN["answers"] + "/reply.json")
+    except OSError:
+        pass
 """
 _AGAIN = """\
 import ctypes, time
@@ -49,7 +66,8 @@ def stub(request: Request, answers: str, paths: list[str], *, mapped: bool) -> s
     """
     text = files("entropy_monitor.injection").joinpath("injected.py").read_text(encoding="ascii")
     return _MAIN.format(
-        text=f"{text}\nstart(PLAN)\n",
+        outer=_OUTER,
+        text=text,
         request=request,
         answers=answers,
         paths=paths,

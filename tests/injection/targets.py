@@ -98,9 +98,9 @@ class Target:
         return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0]
 
     def resources(self) -> tuple[int, int, int]:
-        """Open files, threads, and mapped KiB outside of the allocator's arenas."""
-        threads = len(os.listdir(f"/proc/{self.pid}/task"))
-        files = len(os.listdir(f"/proc/{self.pid}/fd"))
+        """Open files, threads, and small anonymous mappings."""
+        threads = len(list(Path(f"/proc/{self.pid}/task").iterdir()))
+        files = len(list(Path(f"/proc/{self.pid}/fd").iterdir()))
         return files, threads, self.mappings()
 
     def mappings(self) -> int:

@@ -70,10 +70,10 @@ def test_death_before_each_single_step_of_newer_pythons(tmp_path: Path, version:
 
 
 def test_death_at_any_moment(tmp_path: Path) -> None:
-    luck, survived, blows = random.Random(4), 0, 60
+    luck, blows = random.Random(4), 40
     with Target(tmp_path, "numpy") as target:
         for _ in range(blows):
-            survived += strike(target, "time", luck.randrange(1, 900), tmp_path / "marks")
+            strike(target, "time", luck.randrange(1, 1500), tmp_path / "marks")
         result = target.finish()
     assert result.chains
-    assert 0 < survived < blows, "the blows should fall before, in and after the stop"
+    assert 0 < len(list(tmp_path.glob("marks*"))) < blows, "the blows should fall before and after the commit"
