@@ -207,7 +207,7 @@ def refused_within(pid: int, wait_s: float) -> str:
 
 def test_a_target_of_another_user_is_answered_for(tmp_path: Path) -> None:
     # As root: the answer must be writable for the target, which has given up its rights.
-    loaded = "ctypes, importlib, json, os, pathlib, threading, time"  # nobody may not read our packages
+    loaded = "__future__, ctypes, importlib, json, os, pathlib, threading, time"  # nobody may not read our packages
     program = f"import {loaded}; os.setuid({NOBODY}); print(flush=True)\nwhile True: time.sleep(0.01)"
     with subprocess.Popen([sys.executable, "-I", "-c", program], stdout=subprocess.PIPE, cwd="/") as child:
         assert child.stdout is not None
