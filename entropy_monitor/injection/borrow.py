@@ -173,6 +173,7 @@ class Borrowed:
             self._leave_if_over(stop)
             if stop.kind is Kind.SIGNAL:
                 self._signals += 1
+            self.tracee.interrupt()  # any other stop has cancelled it
             self.tracee.resume(stop.signal)
         return None
 

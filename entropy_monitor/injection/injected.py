@@ -52,7 +52,7 @@ def write(directory: str, message: dict[str, Any]) -> None:
     """Leave the answer where it is waited for."""
     part = Path(directory, "reply.json.part")
     try:
-        part.write_text(json.dumps(message, default=str) + "\n", encoding="ascii")
+        part.write_text(json.dumps(message, default=str) + "\n", encoding="utf-8")
         part.rename(part.with_suffix(""))
     except OSError:  # the one that asked has given up
         return

@@ -16,6 +16,7 @@ _XSTATE = 0x202
 _XSTATE_ROOM = 1 << 16
 _TRACESYSGOOD, _TRACEEXEC = 1, 1 << 4
 _EVENT_EXEC, _EVENT_STOP = 4, 128
+_POLL_S = 0.01
 _WALL = 0x40000000
 _STOPPING = frozenset({signal.SIGSTOP, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU})
 _REGISTERS = [
@@ -196,7 +197,8 @@ class Tracee:
             left = deadline - time.monotonic()
             if left <= 0:
                 return None
-            signal.sigtimedwait([signal.SIGCHLD], left)
+            # Another thread of this process may have taken the signal: it only makes the wait short.
+            signal.sigtimedwait([signal.SIGCHLD], min(left, _POLL_S))
 
 
 def _stop(status: int) -> Stop:

@@ -18,6 +18,7 @@ from entropy_monitor.injection.frame import Layout, build, kernel_layout, resume
 from entropy_monitor.injection.interpreter import read_interpreter
 from entropy_monitor.injection.memory import Memory
 from entropy_monitor.injection.ptrace import Registers, Tracee
+from entropy_monitor.injection.stub import stub
 
 from .targets import Target
 
@@ -45,14 +46,15 @@ def test_a_call_that_does_not_return_is_undone(
         assert sigreturn is not None
         for _ in range(5):
             with Memory(target.pid, write=True) as memory:
-                libc = next(module for module in read_modules(target.pid) if module.name.startswith("libc"))
+                libc = next(
+                    module for module in read_modules(target.pid) if module.name.startswith(("libc.so", "ld-musl"))
+                )
                 address = exported(memory.read, libc.base, [function])[function] if function else 0x10
                 borrowed = Borrowed(Tracee(target.pid), memory, sigreturn, kernel_layout())
                 borrowed.begin()
                 with pytest.raises(BorrowError) as caught:
                     borrowed.call(address)
             assert caught.value.reason == reason
-        # The test's own child is reaped by waitpid as its tracer: it must be alive and at work.
         target.finish()
 
 
@@ -85,6 +87,35 @@ def test_a_frame_leaves_the_red_zone_alone_and_is_aligned() -> None:
         (area,) = (int.from_bytes(frame.data[232:240], "little"),)
         assert area % 64 == 0
         assert frame.data[area - frame.address + 464 :][:48] == layout.software
+
+
+INTERRUPTED_STUB = """
+import _thread, ctypes, sys, time
+real, calls = _thread.start_new_thread, []
+
+def interrupted(*arguments):
+    # As if Ctrl-C had come while the main thread ran our code.
+    calls.append(arguments)
+    if len(calls) == 1:
+        raise KeyboardInterrupt
+    return real(*arguments)
+
+_thread.start_new_thread = interrupted
+before = set(globals())
+try:
+    assert ctypes.pythonapi.PyRun_SimpleString(sys.stdin.buffer.read()) == 0
+    for _ in range(500):
+        time.sleep(0.01)
+except KeyboardInterrupt:
+    print(sorted(set(globals()) - before - {"_"}))
+"""
+
+
+def test_an_interrupt_that_hits_our_code_is_passed_on() -> None:
+    code = stub({"verb": "ping"}, "/nowhere", [], mapped=False)
+    command = [sys.executable, "-c", INTERRUPTED_STUB]
+    ended = subprocess.run(command, input=code, capture_output=True, text=True, check=True)
+    assert (ended.stdout.splitlines()[-1], ended.stderr) == ("['before']", "")
 
 
 def test_the_package_needs_nothing_but_the_standard_library() -> None:

@@ -7,7 +7,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import threading
 from typing import TYPE_CHECKING
 
 import pytest
@@ -72,7 +71,7 @@ def test_a_listening_process_is_asked_through_its_socket(listener: int) -> None:
 
 @pytest.mark.parametrize("listener", ["silence"], indirect=True)
 def test_a_listener_that_hangs_up(listener: int) -> None:
-    with pytest.raises(AttachError, match="expected an answer on .*; found .*: use another --method"):
+    with pytest.raises(AttachError, match=r"expected an answer on .*; found .*: use another --method"):
         send(choose_route(listener), REQUEST, 5.0)
 
 
@@ -122,30 +121,27 @@ def test_remote_exec_is_refused_before_3_14(tmp_path: Path) -> None:
 def test_gdb_enters_or_says_why_not_and_harms_nobody(tmp_path: Path) -> None:
     with Target(tmp_path, "nanosleep") as target:
         try:
-            reply, _ = send(choose_route(target.pid, "gdb"), REQUEST, 10.0)
-        except AttachError as error:
-            # No gdb here, or one that breaks what it touches on this processor.
-            assert ("not installed" in str(error)) == (shutil.which("gdb") is None)
-            assert "\n" not in str(error)
-            target.finish()
-        else:
-            assert reply["ok"]
-            target.finish(allowed=("returned -1, errno 4", "early"))
+            said = send(choose_route(target.pid, "gdb"), REQUEST, 10.0)[0]["message"]
+        except AttachError as error:  # no gdb here, or one that breaks what it touches on this processor
+            said = str(error)
+        assert ("gdb is not installed" in said) == (shutil.which("gdb") is None)
+        assert "\n" not in said
+        target.finish(allowed=("returned -1, errno 4", "early") if said == "here" else ())
 
 
 def test_lines_of_the_protocol() -> None:
     assert decode_request(encode({**REQUEST})) == REQUEST
     assert decode_reply(encode({"ok": True, "message": "é"})) == {"ok": True, "message": "é"}
-    for line in (
+    wrong = (
         b"",
         b"{}\n",
         b"[]\n",
         b'{"verb": "exec"}\n',
         b'{"verb": "attach", "run": 3}\n',
         b"x" * (MAX_LINE_BYTES + 1),
-    ):
-        with pytest.raises(ValueError, match="expected .*; found"):
+    )
+    for line in wrong:
+        with pytest.raises(ValueError, match=r"expected .*; found"):
             decode_request(line)
     with pytest.raises(ValueError, match="expected a reply"):
         decode_reply(b'{"ok": 1}\n')
-    assert threading.active_count()

@@ -205,9 +205,11 @@ def refused_within(pid: int, wait_s: float) -> str:
     return one_line(str(caught.value))
 
 
-def test_a_target_of_another_user_is_answered_for(tmp_path: Path) -> None:
+def test_a_target_of_another_user_is_answered_for() -> None:
     # As root: the answer must be writable for the target, which has given up its rights.
-    loaded = "__future__, ctypes, importlib, json, os, pathlib, threading, time"  # nobody may not read our packages
+    loaded = (
+        "__future__, ctypes, importlib, json, os, pathlib, threading, time, typing"  # nobody may not read our packages
+    )
     program = f"import {loaded}; os.setuid({NOBODY}); print(flush=True)\nwhile True: time.sleep(0.01)"
     with subprocess.Popen([sys.executable, "-I", "-c", program], stdout=subprocess.PIPE, cwd="/") as child:
         assert child.stdout is not None
@@ -216,4 +218,4 @@ def test_a_target_of_another_user_is_answered_for(tmp_path: Path) -> None:
             reply, _ = send(choose_route(child.pid), REQUEST, 5.0)
         finally:
             child.kill()
-    assert "without torch in use" in reply["message"]
+    assert reply["ok"] is False  # it has nothing of ours; but it could say so

@@ -61,7 +61,7 @@ class Work:
 
     def chain(self, kind: str) -> None:
         state, step, advance = b"", 0, CHAINS[kind]
-        while self.running():
+        while step == 0 or self.running():
             for _ in range(5):
                 state, step = advance(state, step), step + 1
         self.chains.append((kind, step, state.hex()))
