@@ -13,12 +13,16 @@ import signal
 import sys
 import time
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 from entropy_monitor.injection.borrow import Borrowed, BorrowError
 from entropy_monitor.injection.frame import kernel_layout
 from entropy_monitor.injection.memory import Memory
 from entropy_monitor.injection.plan import ADDRESS_MARK, SIZE_MARK, Outcome, Plan
 from entropy_monitor.injection.ptrace import Tracee
+
+if TYPE_CHECKING:
+    from entropy_monitor.injection.frame import Layout
 
 _MMAP = 9
 _READ_WRITE, _PRIVATE_ANONYMOUS = 3, 0x22
@@ -37,8 +41,7 @@ def main() -> None:
         os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
     outcome = Outcome()
     for _ in range(_ATTEMPTS):
-        with Memory(plan.pid, write=True) as memory:
-            outcome = _attempt(plan, Borrowed(Tracee(plan.pid), memory, plan.sigreturn, layout))
+        outcome = _attempt(plan, layout)
         if outcome.reason != "busy":
             break
         time.sleep(0.05)
@@ -49,22 +52,26 @@ def main() -> None:
         os._exit(0)
 
 
-def _attempt(plan: Plan, borrowed: Borrowed) -> Outcome:
+def _attempt(plan: Plan, layout: Layout) -> Outcome:
     started = time.perf_counter()
     try:
-        borrowed.begin()
-        if plan.code:
-            _queue(plan, borrowed)
-        else:
-            borrowed.wake()
-        borrowed.end()
+        with Memory(plan.pid, write=True) as memory:
+            borrowed = Borrowed(Tracee(plan.pid), memory, plan.sigreturn, layout)
+            started = time.perf_counter()
+            borrowed.begin()
+            if plan.code:
+                _queue(plan, borrowed)
+            else:
+                borrowed.wake()
+            borrowed.end()
+            stopped_s = time.perf_counter() - started
     except BorrowError as error:
         return Outcome(reason=error.reason, detail=error.detail, stopped_s=time.perf_counter() - started)
-    except ProcessLookupError:
+    except (ProcessLookupError, FileNotFoundError):
         return Outcome(reason="ended")
     except PermissionError as error:
         return Outcome(reason="permission", detail=str(error))
-    return Outcome(stopped_s=time.perf_counter() - started)
+    return Outcome(stopped_s=stopped_s)
 
 
 def _queue(plan: Plan, borrowed: Borrowed) -> None:
