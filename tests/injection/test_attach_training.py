@@ -87,9 +87,7 @@ def test_the_commands(tmp_path: Path) -> None:
             planned = entropy_monitor("attach", job.pid, "--run", run, "--dry-run")
             assert "ptrace" in planned or "remote-exec" in planned
             assert not run.exists()
-            answer: dict[str, Any] = json.loads(
-                entropy_monitor("attach", job.pid, "--run", run, "--every", 5, "--json")
-            )
+            answer: Any = json.loads(entropy_monitor("attach", job.pid, "--run", run, "--every", 5, "--json"))
             wait_for_frames(run, 3)
             again = entropy_monitor("attach", job.pid, "--run", tmp_path / "other")
             assert "already observed" in again
@@ -149,9 +147,7 @@ def test_a_command_that_is_killed_leaves_the_job_training(tmp_path: Path, victim
             for moment in range(0, 8, 2):
                 if victim == "detach":
                     entropy_monitor("attach", job.pid, "--run", run)
-                arguments = (
-                    ["attach", str(job.pid), "--run", str(run)] if victim == "attach" else ["detach", str(job.pid)]
-                )
+                arguments = [victim, str(job.pid), *(["--run", str(run)] if victim == "attach" else [])]
                 killed = subprocess.Popen(
                     [sys.executable, "-m", "entropy_monitor", *arguments],
                     stdout=subprocess.DEVNULL,

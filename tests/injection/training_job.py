@@ -38,14 +38,9 @@ class Net(nn.Module):
 
 def dictionaries(model, optimizer):
     """Everything of modules and optimizer that hooks could be left in."""
-    modules = {
-        name: {key: str(value) for key, value in vars(m).items() if "hook" in key} for name, m in model.named_modules()
-    }
-    return [
-        modules,
-        {key: str(value) for key, value in vars(optimizer).items() if "hook" in key},
-        str(torch.autograd.backward),
-    ]
+    places = [*model.modules(), optimizer]
+    found = [{key: str(value) for key, value in vars(place).items() if "hook" in key} for place in places]
+    return [found, str(torch.autograd.backward)]
 
 
 def main(report, stop, steps):
