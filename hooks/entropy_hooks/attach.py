@@ -9,7 +9,7 @@ import socket
 import sys
 import time
 import weakref
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,17 +19,19 @@ from torch.optim import Optimizer
 from entropy_hooks.faults import Faults
 from entropy_hooks.monitor import Monitor
 from entropy_hooks.ranks import agree_on_attempt, process_started, rank_and_world_size
-from entropy_hooks.session import Session, Target
-from entropy_hooks.taps import find_taps, steered_layers, unwrap
+from entropy_hooks.session import Session
+from entropy_hooks.taps import find_taps, steered_layers, unwrap, unwrap_optimizer
+from entropy_hooks.target import Target
 from entropy_monitor import __version__
-from entropy_monitor.config import load_config
+from entropy_monitor.config import hooks_disabled, load_config
 from entropy_monitor.errors import ConfigError, EntropyMonitorError
 from entropy_monitor.store import create_run, trim_vanished_ranks
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from entropy_monitor.config import MonitorOptions
+    from entropy_monitor.store import Run
 
 _monitors: weakref.WeakKeyDictionary[nn.Module, Monitor] = weakref.WeakKeyDictionary()
 _processes: set[int] = set()
@@ -38,7 +40,7 @@ _processes: set[int] = set()
 
 def attach(
     model: nn.Module,
-    optimizer: Optimizer,
+    optimizer: Optimizer | Sequence[Optimizer],
     *,
     run: str | os.PathLike[str] | None = None,
     probe: Callable[[nn.Module], torch.Tensor] | None = None,
@@ -51,7 +53,8 @@ def attach(
 
     Args:
         model: the model that trains, wrapped or not.
-        optimizer: its optimizer; each ``optimizer.step()`` is a step.
+        optimizer: its optimizer, wrapped or not; each ``optimizer.step()`` is a step. Several are given in the order in
+            which they step: a step is one round of them.
         run: directory of the run; else ``ENTROPY_MONITOR_RUN``, ``run`` in ``./monitor.toml``, or ``runs/TIME``.
         probe: for ``exact_alignment_every`` and ``observe="probe"``, a function that runs the model it is given on a
             fixed batch and returns the 0-d loss. Else the first training batch is the probe, with the loss that the
@@ -65,9 +68,89 @@ def attach(
     Raises:
         ConfigError: an option is wrong (a ValueError, as an unknown layer gives); nothing has been created.
     """
+    prepared = prepare(model, optimizer, run=run, probe=probe, **options)
+    return prepared if isinstance(prepared, Monitor) else prepared.install()
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """An attempt that has been claimed, and what it will observe; no hook is installed yet."""
+
+    opened: Run
+    place: tuple[int, int]
+    """Attempt and rank."""
+    target: Target
+    options: MonitorOptions
+    faults: Faults
+
+    def install(self, start_step: int | None = None) -> Monitor:
+        """Install the hooks; on the training thread, between two optimizer steps.
+
+        Args:
+            start_step: the number of the optimizer step that begins now; that of the options when None.
+
+        Returns:
+            The monitor, also when somebody else has attached to this model since.
+        """
+        if (existing := observed_by(self.target.model)) is not None:
+            return existing
+        options = self.options if start_step is None else replace(self.options, start_step=start_step)
+        monitor = _monitors[self.target.model] = Monitor(options, self.faults, self.opened.objects.url)
+        monitor.model_name, monitor.layers = type(self.target.model).__name__, tuple(self.target.taps)
+        monitor.begin(Session(self.opened, self.place, self.target, options, monitor.phase_control, self.faults))
+        return monitor
+
+
+def observed_by(model: nn.Module) -> Monitor | None:
+    """Who observes a model.
+
+    Returns:
+        The monitor, or None.
+    """
+    existing = _monitors.get(unwrap(model))
+    return existing if existing is not None and existing.enabled else None
+
+
+def live_monitors() -> list[Monitor]:
+    """Those that observe a model of this process.
+
+    Returns:
+        The monitors, in no particular order.
+    """
+    return [monitor for monitor in list(_monitors.values()) if monitor.enabled]
+
+
+def prepare(
+    model: nn.Module,
+    optimizer: Optimizer | Sequence[Optimizer],
+    *,
+    run: str | os.PathLike[str] | None = None,
+    probe: Callable[[nn.Module], torch.Tensor] | None = None,
+    **options: Any,
+) -> Prepared | Monitor:
+    """All of `attach` that touches neither model nor optimizer, and may take its time: any thread may do it.
+
+    Args:
+        model: as in `attach`.
+        optimizer: as in `attach`.
+        run: as in `attach`.
+        probe: as in `attach`.
+        **options: as in `attach`.
+
+    Returns:
+        What `Prepared.install` needs; or a monitor when there is nothing to install: the model is observed already, or
+        hooks are switched off, or the run cannot be written.
+
+    Raises:
+        ConfigError: an option is wrong; nothing has been created.
+    """
     config = load_config(run=run, hooks=options)
     _check(model, nn.Module, "model")
-    _check(optimizer, Optimizer, "optimizer")
+    optimizers = (optimizer,) if isinstance(optimizer, Optimizer) else _several(optimizer)
+    if not optimizers:
+        raise ConfigError("expected an optimizer; found an empty sequence: give those that train this model")
+    for entry in optimizers:
+        _check(entry, Optimizer, "optimizer")
     if probe is not None and not callable(probe):
         raise ConfigError(f"expected probe to be a function of the model; found {type(probe).__name__}: give one")
     if probe is not None and not config.hooks.exact_alignment_every and config.hooks.observe == "training":
@@ -75,12 +158,13 @@ def attach(
             "expected exact_alignment_every or observe='probe' beside probe; found neither: set one, or leave probe out"
         )
     inner = unwrap(model)
-    if (existing := _monitors.get(inner)) is not None and existing.enabled:
+    if (existing := observed_by(inner)) is not None:
         return existing
     faults = Faults()
     taps = find_taps(inner, config.hooks.layers)
-    target = Target(inner, optimizer, taps, steered_layers(tuple(taps), config.hooks.steer_layers), probe)
-    if _is_disabled():
+    steered = steered_layers(tuple(taps), config.hooks.steer_layers)
+    target = Target(inner, model, tuple(map(unwrap_optimizer, optimizers)), taps, steered, probe)
+    if hooks_disabled():
         return Monitor(config.hooks, faults)
     if _processes and os.getpid() not in _processes:
         faults.count(
@@ -99,9 +183,11 @@ def attach(
     except (EntropyMonitorError, OSError, RuntimeError) as error:  # RuntimeError: the process group's store is gone
         faults.count("store_unavailable", error)
         return Monitor(config.hooks, faults)
-    monitor = _monitors[inner] = Monitor(config.hooks, faults, opened.objects.url)
-    monitor.begin(Session(opened, (attempt, rank), target, config.hooks, monitor.phase_control, faults))
-    return monitor
+    return Prepared(opened, (attempt, rank), target, config.hooks, faults)
+
+
+def _several(optimizers: object) -> tuple[Any, ...]:
+    return tuple(optimizers) if isinstance(optimizers, list | tuple) else (optimizers,)
 
 
 def _check(value: object, kind: type, name: str) -> None:
@@ -110,13 +196,6 @@ def _check(value: object, kind: type, name: str) -> None:
             f"expected {name} to be a torch {kind.__name__}; found {type(value).__name__}: "
             "call attach(model, optimizer, ...)"
         )
-
-
-def _is_disabled() -> bool:
-    mode = os.environ.get("ENTROPY_MONITOR_MODE", "").lower()
-    if mode not in ("", "disabled"):
-        raise ConfigError(f"expected ENTROPY_MONITOR_MODE to be 'disabled' or unset; found {mode!r}: correct it")
-    return mode == "disabled"
 
 
 def _record(target: Target, options: MonitorOptions, world_size: int) -> dict[str, Any]:

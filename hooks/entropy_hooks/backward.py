@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch.autograd.graph import GradientEdge
 
+from entropy_hooks.untraced import untraced
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -63,7 +65,19 @@ def forget_threads() -> None:
     _lock = threading.Lock()
 
 
+def _tell_before(listeners: tuple[BackwardListener, ...], roots: tuple[Any, ...], gradients: Any) -> None:
+    for listener in listeners:
+        listener.before_backward(roots, gradients)
+
+
+def _tell_after(listeners: tuple[BackwardListener, ...]) -> None:
+    for listener in listeners:
+        listener.after_backward()
+
+
 def _wrap(original: Callable[..., None]) -> Callable[..., None]:
+    tell_before, tell_after = untraced(_tell_before), untraced(_tell_after)
+
     @functools.wraps(original)
     def backward(tensors: Any, grad_tensors: Any = None, *args: Any, **kwargs: Any) -> None:
         global _depth
@@ -77,16 +91,14 @@ def _wrap(original: Callable[..., None]) -> Callable[..., None]:
         # A reentrant call (checkpointing) is a part of the outer pass, not one of its own.
         outermost = _depth == 0
         if outermost:
-            for listener in listeners:
-                listener.before_backward(roots, grad_tensors)
+            tell_before(listeners, roots, grad_tensors)
         _depth += 1
         try:
             original(tensors, grad_tensors, *args, **kwargs)
         finally:
             _depth -= 1
             if outermost:
-                for listener in listeners:
-                    listener.after_backward()
+                tell_after(listeners)
         return None
 
     return backward

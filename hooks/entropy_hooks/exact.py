@@ -12,7 +12,8 @@ from entropy_monitor.types import PATCH_LENGTH
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from entropy_hooks.probe import LayerRun, Probe
+    from entropy_hooks.probe import Probe
+    from entropy_hooks.watch import LayerRun
 
 
 def audit(probe: Probe, layers: Sequence[str]) -> torch.Tensor | None:

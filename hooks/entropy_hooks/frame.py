@@ -39,6 +39,12 @@ class ObservedPass:
     weight_space: WeightSpace | None = None
     exact_alignment: torch.Tensor | None = None
     """Cosines ``[L, 2]`` of all tapped layers; None where this step was not audited."""
+    num_batch_patches: int | None = None
+    """Whole patches in one micro-batch, where the sample was drawn from a part of it."""
+    agrees: torch.Tensor | None = None
+    """0-d: a replay computed what training did; None where training itself was observed."""
+    on_disagreement: Callable[[], None] | None = None
+    """Called on the writer's thread, where the answer is known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,12 +152,15 @@ class FrameAssembler:
         exact = self._add_exact(transfer, observed, device) if self._exact_layers else None
         audit = exact if observed.exact_alignment is not None else None
         nan = torch.full((), float("nan"), device=device)
-        figures = [nan if figure is None else figure.detach().float() for figure in (observed.loss, observed.grad_norm)]
+        known = (observed.loss, observed.grad_norm, observed.agrees)
+        figures = [nan if figure is None else figure.detach().float() for figure in known]
         scalars = transfer.add("scalars", torch.stack([figure.to(device) for figure in figures]), torch.float64)
 
         def build() -> FrameData:
             self._count_non_finite(blocks, record.step)
-            loss, grad_norm = scalars.tolist()
+            loss, grad_norm, agrees = scalars.tolist()
+            if agrees == 0 and observed.on_disagreement is not None:
+                observed.on_disagreement()
             self._count_failed_probe(loss, audit, record.step)
             sums = host_sums() if host_sums is not None else None
             return FrameData(

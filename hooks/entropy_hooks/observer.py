@@ -13,23 +13,26 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from entropy_hooks import backward
 from entropy_hooks.capture import Capture, LinearSample
-from entropy_hooks.loss import LossReading, read_loss
-from entropy_hooks.micro_batches import MicroBatches
+from entropy_hooks.guard import Guard
+from entropy_hooks.passes import Passes
+from entropy_hooks.replay import Replay
 from entropy_hooks.steering import Injector
 from entropy_hooks.taps import first_embedding, first_tensor
 from entropy_hooks.tokens import axes_of, draw_patches
+from entropy_hooks.undisturbed import run_eagerly
 from entropy_hooks.weight_space import writes_features
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Mapping
+    from collections.abc import Callable, Mapping
 
     from torch import nn
     from torch.utils.hooks import RemovableHandle
 
     from entropy_hooks.faults import Faults
+    from entropy_hooks.loss import LossReading
     from entropy_hooks.meter import Meter
+    from entropy_hooks.target import Target
     from entropy_hooks.tokens import TokenAxes
     from entropy_monitor.config import MonitorOptions
 
@@ -37,129 +40,136 @@ if TYPE_CHECKING:
 class Observer:
     """Hooks on one model; `Session` tells it which steps to sample and whether to steer."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        taps: Mapping[str, nn.Module],
-        steered: tuple[str, ...],
-        options: MonitorOptions,
-        faults: Faults,
-        meter: Meter,
-    ) -> None:
-        self._options, self._faults, self._meter = options, faults, meter
+    def __init__(self, target: Target, options: MonitorOptions, faults: Faults, meter: Meter) -> None:
+        self._options, self._faults = options, faults
         self._generator = torch.Generator().manual_seed(int.from_bytes(os.urandom(7), "little"))
-        self._injectors = {name: Injector(self._injection_scale, faults.count) for name in steered}
-        self.passes = MicroBatches()
+        self._injectors = {name: Injector(self._injection_scale, faults.count) for name in target.steered}
+        self.guard = Guard(faults, meter)
         self.sampling = False
         """This step is sampled."""
         self.weight = 0.0
         """Weight of the MBE in force; 0 while the phase is memorize."""
         self.capture: Capture | None = None
-        """The newest observed pass of this step."""
-        self.loss: LossReading | None = None
-        """Of the newest backward pass."""
+        """The newest observed pass of this step that had its backward pass, or is having it."""
+        self._forward: Capture | None = None
+        """The newest observed forward pass."""
         self.num_tokens = 0
         """Tokens of the forward passes since the last optimizer step; 0 without an embedding."""
         self.on_inputs: Callable[[tuple[Any, ...], dict[str, Any]], None] | None = None
         """Is called with the model's arguments at each training forward pass."""
-        self._silent = False
+        self._pass_ended = True
+        self._eagerly = contextlib.ExitStack()
+        """Holds while a compiled model is made to run eagerly, so that it can be steered."""
         self._hooked: set[str] = set()
         self._running: dict[str, dict[int, LinearSample]] = {}
         self._handles: list[RemovableHandle] = []
         self._linear_handles: dict[tuple[str, nn.Module], RemovableHandle] = {}
-        self._install(model, taps)
-        backward.listen(self)
+        self._embedding = first_embedding(target.model)
+        self.replay = Replay(target, options, faults)
+        self.passes = Passes(target, self, self.guard, faults)
+        self._micro = self.passes.micro_batches
+        if not self.passes.compiled or options.steer:
+            self._install(target.taps)
 
     # ---- installation ------------------------------------------------------------------------------------------------
 
-    def _install(self, model: nn.Module, taps: Mapping[str, nn.Module]) -> None:
+    def _install(self, taps: Mapping[str, nn.Module]) -> None:
         add = self._handles.append
-        add(model.register_forward_pre_hook(self._guard(self._enter_forward, always=True), with_kwargs=True))
-        add(model.register_forward_hook(self._guard(self._leave_forward, always=True), always_call=True))
-        embedding = first_embedding(model)
-        if embedding is not None:
-            add(embedding.register_forward_pre_hook(self._guard(self._see_tokens, always=True)))
+        self.passes.open_parts()
+        if self._embedding is not None:
+            add(self._embedding.register_forward_pre_hook(self.guard(self._see_tokens, always=True)))
         for name, module in taps.items():
-            add(module.register_forward_hook(self._guard(functools.partial(self._see_output, name))))
+            add(module.register_forward_hook(self.guard(functools.partial(self._see_output, name))))
             if self._options.gradients and self._options.weight_alignment and self._options.observe == "training":
                 for inner in module.modules():
                     if writes_features(inner) is not None:
-                        hook = self._guard(functools.partial(self._see_linear, name))
+                        hook = self.guard(functools.partial(self._see_linear, name))
                         self._linear_handles[name, inner] = inner.register_forward_hook(hook)
+        self.passes.close_parts()
 
     def remove(self) -> None:
         """Take every hook away; the model's dictionaries are as they were."""
-        backward.unlisten(self)
+        self.passes.remove()
         for handle in (*self._handles, *self._linear_handles.values()):
             handle.remove()
         self._handles.clear()
         self._linear_handles.clear()
-        self.capture = None
+        self._eagerly.close()
+        self.capture = self._forward = None
 
-    @contextlib.contextmanager
-    def silenced(self) -> Generator[None]:
-        """Within, the model runs for our own sake: nothing is observed, counted or steered."""
-        self._silent = True
-        try:
-            yield
-        finally:
-            self._silent = False
+    # ---- steps and passes --------------------------------------------------------------------------------------------
 
-    def _guard(self, hook: Callable[..., None], *, always: bool = False) -> Callable[..., None]:
-        """Count a hook's time and its exceptions: neither may reach the training job.
+    def begin_step(self, *, sampling: bool, weight: float) -> None:
+        """An optimizer step begins.
 
-        Returns:
-            The hook, which does nothing while silenced, or on a step neither sampled nor steered unless `always`.
+        Args:
+            sampling: its training pass is observed.
+            weight: of the MBE that is added to its loss.
         """
+        self.sampling, self.weight = sampling, weight
+        # A compiled model is observed by its replay; steered, it runs eagerly and its own hooks see it.
+        self.guard.active = weight > 0 or (sampling and not self.passes.compiled)
 
-        def guarded(*args: Any) -> None:
-            if (always or self.sampling or self.weight) and not self._silent:
-                with self._meter:
-                    try:
-                        hook(*args)
-                    except Exception as error:
-                        self._faults.count("hook_error", error)
+    @property
+    def observed(self) -> Capture | None:
+        """The pass that led to this step: the newest that had its backward pass, else the newest forward pass."""
+        return self.capture or self._forward
 
-        return guarded
+    @property
+    def replays(self) -> bool:
+        """The step under way is observed by running a part of it again."""
+        return self.sampling and not self.guard.active
 
-    # ---- passes ------------------------------------------------------------------------------------------------------
-
-    def _enter_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not torch.is_grad_enabled() or self.passes.in_backward:
-            return  # evaluation, or a checkpoint around the whole model that runs it again
-        self.passes.enter_forward()
-        self._hooked.clear()
-        self._running.clear()
-        if self.sampling and self.passes.is_last():
-            self.capture = Capture()
+    def begin_forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """See `passes.PassListener`."""
+        if self.passes.compiled:
+            self._enter_compiled(args, kwargs)
+        self._begin_pass()
         if self.on_inputs is not None:  # last: it meets classes of the user's, and must not cost the frame
             self.on_inputs(args, kwargs)
 
-    def _leave_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self.passes.leave_forward()
+    def _enter_compiled(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._eagerly.close()  # a pass that raised may have left it open
+        if self.weight:
+            self._eagerly.enter_context(run_eagerly())
+        elif self._embedding is not None:
+            ids = first_tensor(args) if args else first_tensor(kwargs)
+            if ids is not None and not ids.is_floating_point():
+                self.num_tokens += ids.numel()
+        if self.replays and self._micro.is_last():
+            self.replay.keep_inputs(args, kwargs)
 
-    def before_backward(self, roots: tuple[Any, ...], gradients: Any) -> None:
-        """A backward pass from `roots` begins; see `backward.BackwardListener`."""
-        with self._meter:
-            try:
-                if self.passes.enter_backward():
-                    self.loss = None
-                    self.loss = read_loss(roots, gradients)
-                    if self.capture is not None and self.passes.is_last():
-                        self.capture.loss = self.loss
-            except Exception as error:
-                self._faults.count("hook_error", error)
+    def end_forward(self, output: Any) -> None:
+        """See `passes.PassListener`."""
+        self._eagerly.close()
+        if self._micro.in_forward and self.replays and self._micro.is_last():
+            self.replay.keep_output(output, lambda: self._micro.in_backward and self._micro.is_last())
 
-    def after_backward(self) -> None:
-        """The backward pass has ended."""
-        self.passes.leave_backward()
+    def _begin_pass(self) -> None:
+        self._pass_ended = False
+        self._hooked.clear()
+        self._running.clear()
+        if self.sampling and self.guard.active and self._micro.is_last():
+            self._forward = Capture()
+
+    def begin_backward(self, loss: LossReading | None) -> None:
+        """See `passes.PassListener`."""
+        if self._forward is not None:
+            self.capture, self._forward = self._forward, None
+        if self.capture is not None and self._micro.is_last():
+            self.capture.loss = loss
+
+    def end_backward(self) -> None:
+        """See `passes.PassListener`."""
+        self._pass_ended = True
 
     def end_step(self) -> None:
         """Forget the step that has ended."""
         if self.capture is not None and self.capture.linears:
             self._keep_only_last_linears(self.capture)
-        self.capture, self.loss, self.num_tokens = None, None, 0
-        self.passes.step()
+        self.capture = self._forward = None
+        self.num_tokens = 0
+        self.passes.end_step()
 
     def _keep_only_last_linears(self, capture: Capture) -> None:
         """After the first observed pass it is known which linear layer writes into each block: unhook the others."""
@@ -171,10 +181,12 @@ class Observer:
     # ---- observation -------------------------------------------------------------------------------------------------
 
     def _capturing(self) -> Capture | None:
-        return self.capture if self.sampling and self.passes.in_forward and self.passes.is_last() else None
+        if self._pass_ended and self._micro.in_forward:  # of a part, or of a call that runs backward several times
+            self._begin_pass()
+        return self._forward if self.sampling and self._micro.in_forward and self._micro.is_last() else None
 
     def _see_tokens(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if self.passes.in_forward and args and isinstance(args[0], torch.Tensor):
+        if self._micro.in_forward and args and isinstance(args[0], torch.Tensor):
             self.num_tokens += args[0].numel()
             if (capture := self._capturing()) is not None and capture.token_ids is None:
                 capture.token_ids = args[0].detach().clone()  # a loader may reuse its buffer before the step
@@ -192,12 +204,12 @@ class Observer:
 
     def _see_output(self, layer: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         z = first_tensor(output)
-        recomputed = not self.passes.in_forward and self.passes.in_backward
-        if z is None or not (self.passes.in_forward or recomputed):
+        recomputed = not self._micro.in_forward and self._micro.in_backward
+        if z is None or not (self._micro.in_forward or recomputed):
             return
         axes = axes_of(module, z, self._options.token_dim)
-        if axes is None or not z.is_floating_point():
-            if self.capture is not None:
+        if axes is None or not z.is_floating_point() or hasattr(z, "placements"):
+            if self.sampling:
                 self._faults.count("no_tokens", f"{layer}: expected [B, T, d]; found {z.dtype} {list(z.shape)}")
             return
         if not recomputed:
@@ -243,9 +255,10 @@ class Observer:
             capture.linears[layer] = linear
 
     def _hook_gradient(self, layer: str, z: torch.Tensor) -> None:
-        capture = self.capture
+        # Checkpointed without a graph, a block runs again in the backward pass of the capture that it belongs to.
+        capture = self._forward if self._micro.in_forward else self.capture
         # A pass behind the captured one (the number of micro-batches has changed) must not overwrite its gradients.
-        if not self._options.gradients or capture is None or not self.passes.is_last():
+        if not self._options.gradients or capture is None or not self._micro.is_last():
             return
         if (sampled := capture.activations.get(layer)) is None:
             return
@@ -257,13 +270,10 @@ class Observer:
         self, capture: Capture, layer: str, wanted: Callable[[], bool], store: Callable[[torch.Tensor], None]
     ) -> Callable[[torch.Tensor], None]:
         def record(gradient: torch.Tensor) -> None:
-            if capture is not self.capture or not self.passes.in_backward or capture.sample is None or not wanted():
-                return  # `torch.autograd.grad`, or the graph of an older pass
-            with self._meter:
-                try:
-                    store(capture.sample.select(capture.axes[layer].sequences(gradient.detach())))
-                except Exception as error:
-                    self._faults.count("hook_error", error)
+            sample = capture.sample
+            if capture is self.capture and self._micro.in_backward and sample is not None and wanted():
+                self.guard.run(lambda: store(sample.select(capture.axes[layer].sequences(gradient.detach()))))
+            # else `torch.autograd.grad`, or the graph of an older pass
 
         return record
 
@@ -275,9 +285,10 @@ class Observer:
         Returns:
             The factor of each steered layer's MBE gradient.
         """
-        if not self.passes.in_backward or self.loss is None or not self.weight:
+        loss = self.passes.loss
+        if not self._micro.in_backward or loss is None or not self.weight:
             return None
-        if self.loss.ambiguous and self._options.loss_scale is None:
+        if loss.ambiguous and self._options.loss_scale is None:
             self._faults.count("loss_scale_ambiguous", "several loss terms: give attach(loss_scale=) to steer this job")
             return None
-        return self.loss.scale * ((self._options.loss_scale or 1.0) * self.weight / len(self._injectors))
+        return loss.scale * ((self._options.loss_scale or 1.0) * self.weight / len(self._injectors))

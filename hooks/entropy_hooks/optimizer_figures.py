@@ -7,21 +7,27 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch.optim import Optimizer
 
 
-def gradient_norm(optimizer: Optimizer) -> torch.Tensor | None:
-    """Norm of all gradients, as the optimizer sees them.
+def gradient_norm(optimizers: Sequence[Optimizer]) -> torch.Tensor | None:
+    """Norm of all gradients, as the optimizers see them.
 
     Returns:
-        A 0-d tensor on their device; None without gradients.
+        A 0-d tensor on their device; None without gradients, or where this rank holds a part of them (DTensor): adding
+        the parts up would take a collective.
     """
     gradients = [
         parameter.grad.coalesce().values() if parameter.grad.is_sparse else parameter.grad
+        for optimizer in optimizers
         for group in optimizer.param_groups
         for parameter in group["params"]
         if parameter.grad is not None
     ]
+    if any(hasattr(gradient, "placements") for gradient in gradients):
+        return None
     return torch.nn.utils.get_total_norm(gradients) if gradients else None
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from entropy_hooks.delivery import Pending
     from entropy_hooks.faults import Faults
-    from entropy_hooks.pulse import Pending, Pulse
+    from entropy_hooks.pulse import Pulse
     from entropy_monitor.types import Phase
 
 DEFAULT_WEIGHT = 0.03
@@ -39,14 +39,8 @@ class PhaseControl:
         The acknowledgement is created first: if the trainer is killed in between, the command counts as applied and is
         never applied again.
         """
-        while pulse.pending:
-            pending = pulse.pending.popleft()
-            command = pending.command
-            if time.time() > command.issued_at + command.expires_after_s:
-                pulse.answer(
-                    pending.number, "expired", step, "expired while waiting for a step boundary: send it again"
-                )
-            elif pulse.answer(pending.number, "applied", step, _describe(pending)):
+        for pending in pulse.delivery.due(step):
+            if pulse.answer(pending.number, "applied", step, _describe(pending)):
                 self._apply(pending)
 
     def _apply(self, pending: Pending) -> None:

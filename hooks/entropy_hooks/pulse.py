@@ -1,6 +1,6 @@
 """The pulse thread: heartbeats once a second, commands fifty times a second.
 
-It reads and judges commands; those that may be applied wait in a deque for the next optimizer-step boundary, which is
+It reads and judges commands; those that may be applied wait in a `Delivery` for an optimizer-step boundary, which is
 where the training thread takes them.
 """
 
@@ -9,10 +9,10 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections import deque
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from entropy_hooks.delivery import Delivery
+from entropy_hooks.shared_notes import share_notes
 from entropy_monitor.store import (
     PERIOD_S,
     EventLog,
@@ -22,6 +22,7 @@ from entropy_monitor.store import (
     last_command,
     list_attempts,
     parse_command,
+    read_acknowledgement,
     read_command_bytes,
     refusal,
     was_deleted,
@@ -35,17 +36,9 @@ if TYPE_CHECKING:
 
     from entropy_hooks.faults import Faults
     from entropy_monitor.store import Run
-    from entropy_monitor.types import AckStatus, Command
+    from entropy_monitor.types import AckStatus
 
 COMMAND_PERIOD_S = 0.02
-
-
-@dataclass(frozen=True, slots=True)
-class Pending:
-    """A command that may be applied at the next step boundary."""
-
-    number: int
-    command: Command
 
 
 class Pulse:
@@ -54,26 +47,27 @@ class Pulse:
     def __init__(
         self,
         run: Run,
-        rank: int,
+        place: tuple[int, int, int],
         *,
         steer: bool,
         fields: Callable[[], Mapping[str, Any]],
         faults: Faults,
     ) -> None:
-        self._objects, self._run_id, self._rank = run.objects, run.run_id, rank
+        self._objects, self._run_id = run.objects, run.run_id
+        attempt, self._rank, self._world_size = place
         self._steer, self._fields, self._faults = steer, fields, faults
         self._key = os.environ.get("ENTROPY_MONITOR_KEY")
         self._stop = threading.Event()
         self._answered: set[int] | None = None
         self._next = 1
         self._superseded = self._superseded_told = False
-        self.pending: deque[Pending] = deque()
-        """Commands for the training thread, oldest first."""
+        prefix = f"entropy_monitor/{run.objects.url}/{attempt}/commands"
+        self.delivery = Delivery(lambda: share_notes(prefix), self.answer, faults)
+        """Commands for the training thread."""
         self._thread = threading.Thread(target=self._work, name="entropy-pulse", daemon=True)
 
     def start(self) -> None:
-        """Write the first heartbeat and start the thread."""
-        self._beat()
+        """Start the thread, whose first act is a heartbeat: the training thread never waits for the store here."""
         self._thread.start()
 
     def stop(self, timeout_s: float) -> None:
@@ -97,6 +91,7 @@ class Pulse:
             return False
 
     def _work(self) -> None:
+        self._beat()
         next_beat = time.monotonic() + PERIOD_S
         while not self._stop.wait(COMMAND_PERIOD_S):
             due = time.monotonic() >= next_beat
@@ -107,6 +102,7 @@ class Pulse:
                 continue
             try:
                 self._read_commands(look_for_gaps=due)
+                self.delivery.look_around(int(self._fields()["step"]))
             except Exception as error:  # the next round tries again
                 self._faults.count("commands_unreadable", error)
                 self._stop.wait(PERIOD_S / 2)
@@ -159,6 +155,9 @@ class Pulse:
 
     def _judge(self, number: int, value: bytes) -> None:
         step = int(self._fields()["step"])
+        if (elsewhere := self._answered_elsewhere(number)) is not None:
+            self.answer(number, elsewhere[0], step, elsewhere[1])
+            return
         try:
             command = parse_command(value)
             refused = refusal(command, number, self._run_id, self._key, time.time())
@@ -170,8 +169,26 @@ class Pulse:
             status, detail = refused
             if status == "rejected":
                 self._faults.count("rejected_command", detail)
-            self.answer(number, status, step, detail)
+            self._refuse(number, status, step, detail)
         elif not self._steer:
-            self.answer(number, "rejected", step, "observe-only: start the trainer with steer=True to allow commands")
+            detail = "observe-only: start the trainer with steer=True to allow commands"
+            self._refuse(number, "rejected", step, detail)
         else:
-            self.pending.append(Pending(number, command))
+            self.delivery.offer(number, command)
+
+    def _refuse(self, number: int, status: AckStatus, step: int, detail: str) -> None:
+        self.delivery.refuse(number, detail)
+        self.answer(number, status, step, detail)
+
+    def _answered_elsewhere(self, number: int) -> tuple[AckStatus, str] | None:
+        """Another rank has answered before this one could: rank 0 has refused it, or all were killed in between.
+
+        Returns:
+            The answer of this rank, then.
+        """
+        for rank in range(self._world_size):
+            if rank != self._rank and (ack := read_acknowledgement(self._objects, number, rank)) is not None:
+                if ack.status != "applied":
+                    return ack.status, ack.detail
+                return "expired", f"rank {rank} applied it in an attempt that ended before this rank did: send it again"
+        return None

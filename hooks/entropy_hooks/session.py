@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import socket
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from entropy_hooks.budget import Cadence
+from entropy_hooks.cost import Overhead, StepCosts, host_clocks, overhead
 from entropy_hooks.frame import FrameAssembler, ObservedPass, StepRecord
 from entropy_hooks.host import Ring
 from entropy_hooks.meter import Meter
@@ -16,43 +19,25 @@ from entropy_hooks.observer import Observer
 from entropy_hooks.optimizer_figures import gradient_norm, learning_rate
 from entropy_hooks.probe_sampler import ProbeSampler
 from entropy_hooks.pulse import Pulse
+from entropy_hooks.ranks import rank_and_world_size
 from entropy_hooks.scalars import ScalarsBatch
+from entropy_hooks.shared_notes import share_notes
+from entropy_hooks.step_boundary import StepBoundary
 from entropy_hooks.weight_space import reduce_layers
 from entropy_hooks.writer import Writer
 from entropy_monitor.types import PHASES
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
 
-    import torch
-    from torch import nn
-    from torch.optim import Optimizer
-    from torch.utils.hooks import RemovableHandle
-
+    from entropy_hooks.cost import Clock
     from entropy_hooks.faults import Faults
     from entropy_hooks.host import Slot
+    from entropy_hooks.loss import LossReading
     from entropy_hooks.phase import PhaseControl
+    from entropy_hooks.target import Target
     from entropy_monitor.config import MonitorOptions
     from entropy_monitor.store import Run
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """What is observed and steered."""
-
-    model: nn.Module
-    """The user's module, unwrapped."""
-    optimizer: Optimizer
-    taps: Mapping[str, nn.Module]
-    steered: tuple[str, ...]
-    probe: Callable[[nn.Module], torch.Tensor] | None
-    """The user's function that runs the model on a fixed batch and returns its loss."""
-
-    @property
-    def contaminated(self) -> frozenset[str]:
-        """Layers at or before the last steered one: while steering, their loss gradient holds injected terms."""
-        names = tuple(self.taps)
-        return frozenset(names[: 1 + max(names.index(name) for name in self.steered)])
 
 
 class Session:
@@ -75,6 +60,10 @@ class Session:
         self._last_step_at: float | None = None
         self._ended = False
         self.meter = Meter()
+        device = next((parameter.device for parameter in target.model.parameters()), torch.device("cpu"))
+        self._costs = StepCosts(host_clocks(self.meter), device)
+        notes = f"entropy_monitor/{run.objects.url}/{self.attempt}/cadence"
+        self.cadence = Cadence(options.every, options.max_overhead, self._costs, lambda: share_notes(notes))
         self._ring = Ring()
         self._scalars = ScalarsBatch(self._ring)
         self._assembler = FrameAssembler(options, tuple(target.taps), self._ring, faults)
@@ -84,15 +73,18 @@ class Session:
         self._exact: torch.Tensor | None = None
         """This step's exact alignment, if it is audited."""
         self.writer = Writer(run.objects, self._rank, self.attempt, options.keep, self._ring, faults)
-        self._pulse = Pulse(run, self._rank, steer=options.steer, fields=self._heartbeat, faults=faults)
-        self._observer = Observer(target.model, target.taps, target.steered, options, faults, self.meter)
+        ranks = (self.attempt, self._rank, rank_and_world_size()[1])
+        self._pulse = Pulse(run, ranks, steer=options.steer, fields=self._heartbeat, faults=faults)
+        self._observer = Observer(target, options, faults, self.meter)
         self._probe: ProbeSampler | None = None
         if options.exact_alignment_every or options.observe == "probe":
             self._probe = ProbeSampler(target, self._observer, options, faults)
-        self._handles: list[RemovableHandle] = [
-            target.optimizer.register_step_pre_hook(self._guard(self._before_step)),
-            target.optimizer.register_step_post_hook(self._guard(self._after_step)),
-        ]
+        self._boundary = StepBoundary(target.optimizers, self._guard(self._before_step), self._guard(self._after_step))
+        self._observer.passes.on_forward = self._boundary.begin_forward
+
+    def overhead(self, clock: Clock | None = None) -> Overhead:
+        """What observing costs, see `cost.overhead`."""
+        return overhead(self._costs, self.meter, self.cadence.every, clock)
 
     def start(self) -> None:
         """Start the threads, and sample the first step if it is due."""
@@ -114,8 +106,7 @@ class Session:
 
     def remove_hooks(self) -> None:
         """Leave model, optimizer and autograd as they were."""
-        for handle in self._handles:
-            handle.remove()
+        self._boundary.remove()
         self._observer.remove()
 
     def _guard(self, hook: Callable[[], None]) -> Callable[..., None]:
@@ -135,7 +126,10 @@ class Session:
         if self._sampled:
             if self._probe is not None:
                 self._ask_probe(self._probe)
-            self._observe_training()
+            if self._observer.replays:
+                self._replay_training()
+            else:
+                self._observe_training()
 
     def _ask_probe(self, probe: ProbeSampler) -> None:
         every = self._options.exact_alignment_every
@@ -143,15 +137,15 @@ class Session:
             self._exact = probe.audit()
         if self._options.observe == "probe":
             self._observed = probe.observe()
-            if self._observed is not None and self._observer.passes.count:
-                self._observed.grad_norm = gradient_norm(self._target.optimizer)
+            if self._observed is not None and self._observer.passes.micro_batches.count:
+                self._observed.grad_norm = gradient_norm(self._target.optimizers)
 
     def _observe_training(self) -> None:
         """The gradients are accumulated and unscaled.
 
         A closure runs the passes inside the optimizer's step; then they are looked at when the step has ended.
         """
-        capture = self._observer.capture
+        capture = self._observer.observed
         if not self._observer.sampling or capture is None or capture.sample is None or not capture.activations:
             return
         observed = self._observed = ObservedPass(capture)  # kept whatever part of it fails below
@@ -161,12 +155,26 @@ class Session:
             )
         if self._observer.weight:
             observed.contaminated = self._target.contaminated
-        if (loss := capture.loss) is not None:
+        self._complete(observed, capture.loss)
+
+    def _replay_training(self) -> None:
+        with self._observer.guard.silenced():
+            observed = self._observer.replay.observe()
+        if observed is not None:
+            self._observed = observed
+            self._complete(observed, self._observer.passes.loss)
+            observed.capture.linears.clear()
+
+    def _complete(self, observed: ObservedPass, loss: LossReading | None) -> None:
+        """Add what is the same however the pass was observed."""
+        if loss is not None:
             observed.loss, observed.gradient_scale = loss.loss, loss.scale
-        observed.grad_norm = gradient_norm(self._target.optimizer)
-        if self._options.gradients and self._options.weight_alignment:
-            batch_patches = capture.sample.num_batch_patches * max(1, self._observer.passes.count)
-            observed.weight_space = reduce_layers(capture, observed.contaminated, batch_patches)
+        observed.grad_norm = gradient_norm(self._target.optimizers)
+        sample = observed.capture.sample
+        if self._options.gradients and self._options.weight_alignment and sample is not None:
+            batch_patches = observed.num_batch_patches or sample.num_batch_patches
+            batch_patches *= max(1, self._observer.passes.micro_batches.count)
+            observed.weight_space = reduce_layers(observed.capture, observed.contaminated, batch_patches)
 
     def _after_step(self) -> None:
         """One optimizer step is done: record it, then apply what was commanded, then begin the next."""
@@ -175,20 +183,29 @@ class Session:
         finally:  # whatever could not be recorded, the steps go on being counted
             self._observed = self._exact = None
             self._observer.end_step()
-            self.step += 1
+            was_sampled, self.step = self._sampled, self.step + 1
             self._last_step_at = time.time()
-            self.meter.step()
-            self._phase.apply_pending(self._pulse, self.step)
+            try:
+                if was_sampled:
+                    self.cadence.after_sampled(self.step - 1)
+                self._phase.apply_pending(self._pulse, self.step)
+            except Exception as error:  # the process group is gone, ...: the next boundary tries again
+                self._faults.count("notes_unreadable", error)
             self._begin_step()
+            self.meter.step()
+            self._costs.step(sampled=was_sampled)
 
     def _record_step(self) -> None:
-        if self._observed is None:
+        capture = self._observer.capture
+        # A closure runs its pass within the step: a newer one than was looked at before it.
+        newer = capture is not None and self._observed is not None and capture is not self._observed.capture
+        if not self._observer.replays and (self._observed is None or newer):
             self._observe_training()
-        elif self._observed.grad_norm is None:
-            self._observed.grad_norm = gradient_norm(self._target.optimizer)
+        elif self._observed is not None and self._observed.grad_norm is None:
+            self._observed.grad_norm = gradient_norm(self._target.optimizers)
         now = time.time()
-        lr = learning_rate(self._target.optimizer)
-        loss = self._observer.loss
+        lr = learning_rate(self._target.optimizers[0])
+        loss = self._observer.passes.loss
         self._num_tokens_seen += self._observer.num_tokens
         grad_norm = self._observed.grad_norm if self._observed is not None else None
         self._scalars.add(
@@ -209,18 +226,16 @@ class Session:
             self._send_scalars()
 
     def _begin_step(self) -> None:
-        self._sampled = self.step % self._options.every == 0
-        self._observer.sampling = self._sampled and self._options.observe == "training"
-        self._observer.weight = self._phase.weight_in_force
+        self._sampled = self.cadence.is_sampled(self.step)
+        sampling = self._sampled and self._options.observe == "training"
+        self._observer.begin_step(sampling=sampling, weight=self._phase.weight_in_force)
 
     def _send_frame(self, now: float, lr: float) -> None:
         self._send_scalars()  # first: the controller relies on every step up to a frame's being there
         if self._observed is None:
             if self._options.observe == "probe":
                 return  # why there is no probe has been counted where it was met
-            capture = self._observer.capture
-            if capture is None or not capture.too_short:  # so has a short batch
-                self._faults.count("not_observed", "no tapped layer ran in this step (compiled, or not this model)")
+            self._tell_why_nothing_was_observed()
             return
         slot = self._ring.acquire()
         if slot is None:
@@ -238,6 +253,15 @@ class Session:
         )
         self._observed.exact_alignment = self._exact
         self._submit_frame(self._observed, record, slot)
+
+    def _tell_why_nothing_was_observed(self) -> None:
+        capture = self._observer.observed
+        if self._observer.replays or (capture is not None and capture.too_short):
+            return  # counted where it was met
+        entry = self._observer.passes.entry
+        # Compiled since the step began: it is observed from the next one on.
+        if not (entry.compiled and not self._observer.weight) and not entry.look_again():
+            self._faults.count("not_observed", "no tapped layer ran in this step (compiled, or not this model)")
 
     def _submit_frame(self, observed: ObservedPass, record: StepRecord, slot: Slot) -> None:
         try:
@@ -266,12 +290,23 @@ class Session:
             "phase": self._phase.phase,
             "weight": self._phase.weight,
             "steer": self._options.steer,
-            "every": self._options.every,
+            "every": self.cadence.every,
             "last_step_at": self._last_step_at,
             "frames_committed": self.writer.committed,
             "frames_dropped": self.writer.dropped,
             "faults": self._faults.snapshot(),
-            "overhead_percent": self.meter.overhead_percent,
+            **self._overhead(),
+        }
+
+    def _overhead(self) -> dict[str, Any]:
+        stated, real = self.overhead(), self.overhead("wall")
+        return {
+            "overhead_percent": stated.percent,
+            "overhead_error_percent": stated.error_percent,
+            "overhead_samples": stated.num_pairs,
+            "overhead_source": stated.source,
+            "overhead_wall_percent": real.percent if real.num_pairs else None,
+            "overhead_wall_error_percent": real.error_percent,
         }
 
 

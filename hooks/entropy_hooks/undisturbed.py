@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import random
+import sys
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -37,11 +39,9 @@ def undisturbed(model: nn.Module) -> Generator[None]:
     Args:
         model: the user's module, unwrapped.
     """
-    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
+    devices = _devices(model)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng([device for device in devices if device.type == "cuda"]))
-        stack.callback(random.setstate, random.getstate())
-        stack.callback(np.random.set_state, np.random.get_state())
+        _keep_random_state(stack, devices)
         stack.enter_context(torch.enable_grad())
         for kind in {"cpu", *(device.type for device in devices)}:
             stack.enter_context(torch.autocast(kind, enabled=False))
@@ -49,9 +49,72 @@ def undisturbed(model: nn.Module) -> Generator[None]:
             # cuDNN refuses the backward pass of a recurrent layer in eval mode.
             stack.callback(setattr, torch.backends.cudnn, "enabled", torch.backends.cudnn.enabled)
             torch.backends.cudnn.enabled = False
+        stack.enter_context(run_eagerly())
         stack.enter_context(_eval_mode(model))
-        stack.enter_context(_on_copies(model))
+        stack.enter_context(_on_copies(list(_places(model))))
         yield
+
+
+@dataclass(frozen=True, slots=True)
+class AutocastState:
+    """How autocast stood when the model ran."""
+
+    kind: str
+    """Type of the device."""
+    enabled: bool
+    dtype: torch.dtype
+
+    @classmethod
+    def now(cls, kind: str) -> AutocastState:
+        """Read it off.
+
+        Returns:
+            The state.
+        """
+        return cls(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+
+
+@contextlib.contextmanager
+def as_in_training(model: nn.Module, autocast: AutocastState) -> Generator[None]:
+    """Let the model run once more as it ran in training, eagerly; buffers and the random state are undone at the end.
+
+    For passes that give no parameter a gradient. Parameters are not copied: in training mode they are what they were.
+
+    Args:
+        model: the user's module, unwrapped.
+        autocast: the state in which it ran.
+    """
+    with contextlib.ExitStack() as stack:
+        _keep_random_state(stack, _devices(model))
+        stack.enter_context(torch.enable_grad())
+        # Without the cache: a weight that was cast here must not be met by the user's own passes.
+        stack.enter_context(
+            torch.autocast(autocast.kind, autocast.dtype, enabled=autocast.enabled, cache_enabled=False)
+        )
+        stack.enter_context(run_eagerly())
+        stack.enter_context(_on_copies([place for place in _places(model) if not isinstance(place[2], nn.Parameter)]))
+        yield
+
+
+def run_eagerly() -> contextlib.AbstractContextManager[object]:
+    """Within, what has been compiled runs as it was written; nothing is compiled anew, now or afterwards.
+
+    Returns:
+        The context; an empty one where nothing can have been compiled.
+    """
+    if "torch._dynamo" not in sys.modules:  # importing it takes a second
+        return contextlib.nullcontext()
+    return torch.compiler.set_stance("force_eager")
+
+
+def _devices(model: nn.Module) -> set[torch.device]:
+    return {tensor.device for tensor in (*model.parameters(), *model.buffers())}
+
+
+def _keep_random_state(stack: contextlib.ExitStack, devices: set[torch.device]) -> None:
+    stack.enter_context(torch.random.fork_rng([device for device in devices if device.type == "cuda"]))
+    stack.callback(random.setstate, random.getstate())
+    stack.callback(np.random.set_state, np.random.get_state())
 
 
 @contextlib.contextmanager
@@ -68,13 +131,12 @@ def _eval_mode(model: nn.Module) -> Generator[None]:
 
 
 @contextlib.contextmanager
-def _on_copies(model: nn.Module) -> Generator[None]:
+def _on_copies(places: list[tuple[nn.Module, str, torch.Tensor]]) -> Generator[None]:
     """Exchange parameters and buffers for copies, tied ones for one copy.
 
     In eval mode too, a module may count in its buffers and ``nn.Embedding(max_norm=)`` rescales its rows; and a hook of
     the user's on a parameter must see training gradients alone. Frozen parameters, often very large, are not copied.
     """
-    places = list(_places(model))
     copies: dict[int, torch.Tensor] = {}
     try:
         for module, name, original in places:

@@ -122,7 +122,10 @@ def _examine(capture: Capture, layer: str, contaminated: frozenset[str]) -> _Can
         return STATUS_NO_LINEAR
     weight_gradient = linear.weight.grad if linear.weight_gradient is None else linear.weight_gradient
     if weight_gradient is None:
-        return STATUS_NO_LINEAR
+        # FSDP shows the layer its whole weight while it runs, and keeps shards otherwise.
+        recognised = writes_features(linear.module)
+        sharded = recognised is not None and hasattr(recognised[0], "placements")
+        return STATUS_SHARDED if sharded else STATUS_NO_LINEAR
     if linear.output_gradient is None:  # the block overwrote its output in place, or ran without a graph
         return STATUS_CHECK_FAILED
     weight_gradient = weight_gradient.detach()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import textwrap
@@ -47,3 +48,9 @@ def finish(process: subprocess.Popen[str], *, code: int = 0) -> tuple[dict[str, 
         if line.startswith("REPORT "):
             reports.update(json.loads(line.removeprefix("REPORT ")))
     return reports, err
+
+
+def free_port() -> str:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return str(listener.getsockname()[1])

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import socket
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from entropy_monitor.store import open_run, read_status
 
-from .scripts import finish, start
+from .scripts import finish, free_port, start
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -44,12 +43,6 @@ report(observed=observed.losses, plain=plain.losses, same=same, attempt=stats.at
 if use_gloo:
     dist.destroy_process_group()
 """
-
-
-def free_port() -> str:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return str(listener.getsockname()[1])
 
 
 def run_ranks(run: Path, how: str) -> list[dict[str, Any]]:

@@ -9,9 +9,6 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from entropy_monitor.estimators import patch_matrix_entropy
-from entropy_monitor.types import PATCH_LENGTH
-
 from .training import (
     Job,
     Truth,
@@ -20,6 +17,7 @@ from .training import (
     assert_same_training,
     byte_loss,
     command,
+    explicit_entropy,
     frames,
     observe,
     queued,
@@ -63,11 +61,6 @@ class Variant(nn.Module):
             elif self.how == "in place, reference":
                 x = x + 0.1
         return inner.head(inner.norm(x))
-
-
-def explicit_entropy(outputs: list[torch.Tensor]) -> torch.Tensor:
-    """JOINTS, "Steering": the mean over steered layers of the row-normalised patch MBE of all whole patches."""
-    return torch.stack([patch_matrix_entropy(z, PATCH_LENGTH, normalize=True).mean() for z in outputs]).mean()
 
 
 def gradients(model: nn.Module) -> torch.Tensor:
@@ -366,7 +359,7 @@ def test_commands_of_one_boundary_are_applied_in_order(run: Path) -> None:
 def pending(monitor: Monitor) -> int:
     session = monitor._session
     assert session is not None
-    return len(session._pulse.pending)
+    return len(session._pulse.delivery)
 
 
 def run_acks(run: Path) -> list[Any]:

@@ -10,7 +10,9 @@ from torch.nn import functional as F
 
 from entropy_hooks import attach
 from entropy_monitor.demo.model import ByteGPT, GPTOptions
+from entropy_monitor.estimators import patch_matrix_entropy
 from entropy_monitor.store import CommandRequest, issue_command, open_run
+from entropy_monitor.types import PATCH_LENGTH
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,6 +33,11 @@ def tiny_gpt(*, dropout: float = 0.1, num_layers: int = 3) -> ByteGPT:
 
 def byte_loss(output: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(output.reshape(-1, VOCABULARY), targets.reshape(-1))
+
+
+def explicit_entropy(outputs: list[torch.Tensor]) -> torch.Tensor:
+    """JOINTS, "Steering": the mean over steered layers of the row-normalised patch MBE of all whole patches."""
+    return torch.stack([patch_matrix_entropy(z, PATCH_LENGTH, normalize=True).mean() for z in outputs]).mean()
 
 
 class Job:
@@ -178,7 +185,7 @@ def acknowledgement(run: Path, number: int, rank: int = 0) -> Acknowledgement | 
 def queued(monitor: Monitor) -> bool:
     """The pulse thread has a command ready for the next step boundary."""
     session = monitor._session
-    return session is not None and bool(session._pulse.pending)
+    return session is not None and len(session._pulse.delivery) > 0
 
 
 def apply_now(job: Job, run: Path, monitor: Monitor, phase: str, **fields: Any) -> Acknowledgement:

@@ -1,0 +1,55 @@
+"""When one optimizer step ends and the next begins, with one optimizer or several."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from entropy_hooks.untraced import untraced
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch.optim import Optimizer
+    from torch.utils.hooks import RemovableHandle
+
+
+class StepBoundary:
+    """Calls `before` when the first optimizer is about to step, `after` when the last one has.
+
+    A step is one round of all optimizers. A training pass that begins before all have stepped ends the round (one of
+    them steps every second time): the others sit it out.
+    """
+
+    def __init__(self, optimizers: Sequence[Optimizer], before: Callable[[], None], after: Callable[[], None]) -> None:
+        self._before, self._after = before, after
+        self._awaited = self._all = frozenset(map(id, optimizers))
+        self._handles: list[RemovableHandle] = []
+        for optimizer in optimizers:
+            self._handles.append(optimizer.register_step_pre_hook(untraced(self._enter)))
+            self._handles.append(optimizer.register_step_post_hook(untraced(self._leave)))
+
+    def remove(self) -> None:
+        """Take the hooks away."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def begin_forward(self) -> None:
+        """A training pass begins."""
+        if self._awaited != self._all:
+            self._end_round()
+
+    def _enter(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if id(optimizer) not in self._awaited:  # it steps again, and no pass was seen between
+            self._end_round()
+        if self._awaited == self._all:
+            self._before()
+
+    def _leave(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self._awaited -= {id(optimizer)}
+        if not self._awaited:
+            self._end_round()
+
+    def _end_round(self) -> None:
+        self._awaited = self._all
+        self._after()
