@@ -1,6 +1,7 @@
-"""The hooks on a GPU: bit-identical training, no synchronisation, true frames, and the overhead on GPT-2 124M.
+"""The hooks on a GPU: bit-identical training, no synchronisation, true frames.
 
 Run on a machine with a CUDA device: ``python3 run.py bench gpu``. Prints one table; exits 1 when a promise is broken.
+What they cost there: ``python3 run.py bench overhead --device cuda``.
 """
 
 from __future__ import annotations
@@ -8,7 +9,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import statistics
 import sys
 import tempfile
 import time
@@ -26,7 +26,6 @@ from entropy_monitor.demo.model import ByteGPT, GPTOptions
 from entropy_monitor.store import CommandRequest, issue_command
 
 SMALL = GPTOptions(num_layers=4, width=128, num_heads=4, context=128, dropout=0.1)
-GPT2 = GPTOptions(vocabulary=50257, num_layers=12, width=768, num_heads=12, context=1024)
 
 
 @contextlib.contextmanager
@@ -93,55 +92,9 @@ def check_promises(directory: Path) -> list[tuple[str, str, bool]]:
     ]
 
 
-def measure_overhead(directory: Path, rounds: int, block: int, every: int) -> list[tuple[str, str]]:
-    """Interleaved blocks of GPT-2 124M steps with and without the monitor; medians and their spread."""
-    torch.manual_seed(0)
-    torch.set_float32_matmul_precision("high")
-    model = ByteGPT(GPT2).cuda()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, fused=True)
-    batch = torch.randint(0, GPT2.vocabulary, (16, GPT2.context + 1), device="cuda")
-
-    def run_block() -> float:
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        for _ in range(block):
-            with torch.autocast("cuda", torch.bfloat16):
-                loss = F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        torch.cuda.synchronize()
-        return (time.perf_counter() - start) / block
-
-    run_block()
-    ratios, base, shares, dropped = [], [], [], 0
-    for index in range(rounds):
-        before = run_block()
-        monitor = attach(model, optimizer, run=directory / f"gpt2-{every}-{index}", every=every)
-        run_block()  # finds the linear layers, allocates the ring
-        with_monitor = run_block()
-        stats = monitor.stats()
-        monitor.detach()
-        after = run_block()
-        base += [before, after]
-        ratios.append(with_monitor / ((before + after) / 2) - 1)
-        shares.append(stats.overhead_percent)
-        dropped += stats.frames_dropped
-    spread = statistics.quantiles([100 * r for r in ratios], n=4)
-    noise = statistics.pstdev(base) / statistics.mean(base)
-    return [
-        (f"every={every}: step without", f"{1e3 * statistics.median(base):.2f} ms (sd of blocks {100 * noise:.2f} %)"),
-        (f"every={every}: overhead", f"{spread[1]:+.2f} % (quartiles {spread[0]:+.2f}, {spread[2]:+.2f}; n={rounds})"),
-        (f"every={every}: host time in hooks", f"{statistics.median(shares):.2f} %"),
-        (f"every={every}: frames dropped", str(dropped)),
-    ]
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--block", type=int, default=30)
-    given = parser.parse_args()
+    parser.parse_args()
     if not torch.cuda.is_available():
         print("expected a CUDA device; found none: run this benchmark on a machine with one", file=sys.stderr)
         return 1
@@ -150,9 +103,6 @@ def main() -> int:
         checks = check_promises(Path(name))
         for label, found, kept in checks:
             print(f"| {label} | {found} | {'kept' if kept else 'BROKEN'} |", flush=True)
-        for every in (10, 1):
-            for label, found in measure_overhead(Path(name), given.rounds, given.block, every):
-                print(f"| GPT-2 124M, 16 x 1024, bf16, {label} | {found} | |", flush=True)
     return 0 if all(kept for *_, kept in checks) else 1
 
 

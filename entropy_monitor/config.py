@@ -42,7 +42,8 @@ class MonitorOptions:
     total_steps: int | None = None
     """Planned optimizer steps, from which the controller takes its patience."""
     max_overhead: float | None = None
-    """Reserved for the overhead budget; only None is accepted in this version."""
+    """Share of the training time that observing may take, such as .01: `every` grows until it is kept. None obeys
+    `every` exactly, and only shows the cost."""
     loss_scale: float | None = None
     """d(total loss)/d(CE), where it cannot be read off the graph (several loss terms)."""
     exact_alignment_every: int = 0
@@ -61,8 +62,10 @@ class MonitorOptions:
             _at_least("total_steps", self.total_steps, 1, "leave it out when it is unknown")
         if self.loss_scale is not None and not 0 < self.loss_scale < float("inf"):
             raise ConfigError(f"expected a finite loss_scale > 0; found {self.loss_scale}: leave it out to read it off")
-        if self.max_overhead is not None:
-            raise ConfigError("max_overhead is not available in this version: leave it out and set `every`")
+        if self.max_overhead is not None and not 0 < self.max_overhead <= 1:
+            raise ConfigError(
+                f"expected max_overhead in (0, 1], a share of the training time; found {self.max_overhead}: .01 is 1 %"
+            )
         _at_least("exact_alignment_every", self.exact_alignment_every, 0, "0 never audits")
         if self.exact_alignment_every % self.every:
             raise ConfigError(

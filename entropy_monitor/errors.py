@@ -12,6 +12,8 @@
     ├── SegmentTakenError       (RuntimeError)       another writer owns this segment
     ├── WatcherRunningError     (RuntimeError)       a second watcher of one run
     ├── StoreError              (OSError)            disk full, read-only, unreachable
+    ├── AttachError             (RuntimeError)       a running process that cannot be entered, or has not answered
+    │   └── NoSuchProcessError  (ProcessLookupError) the process does not exist, or has ended
     └── ConfigError             (ValueError)         an option or a configuration file is wrong
 
 Every message says what was expected, what was found, and the remedy.
@@ -20,12 +22,14 @@ Every message says what was expected, what was found, and the remedy.
 from __future__ import annotations
 
 __all__ = [
+    "AttachError",
     "ConfigError",
     "CorruptFrameError",
     "CorruptMetricsError",
     "CorruptRunError",
     "EntropyMonitorError",
     "FrameGoneError",
+    "NoSuchProcessError",
     "NotARunError",
     "RunNotFoundError",
     "SegmentTakenError",
@@ -76,3 +80,11 @@ class ConfigError(EntropyMonitorError, ValueError):
 
 class StoreError(EntropyMonitorError, OSError):
     """The store cannot be read or written: disk full, read-only, unreachable."""
+
+
+class AttachError(EntropyMonitorError, RuntimeError):
+    """A running process cannot be entered, or has not answered."""
+
+
+class NoSuchProcessError(AttachError, ProcessLookupError):
+    """The process does not exist, or has ended."""

@@ -107,10 +107,9 @@ def _event_words(event: PhaseEvent) -> str:
 
 def _draw_cost(status: RunStatus, num_measured: int) -> None:
     st.markdown("**Monitoring**")
-    overhead = "not measured yet" if status.overhead_percent is None else f"{status.overhead_percent:.2f} %"
     lag = status.watcher_lag_s["p50"], status.watcher_lag_s["p95"]
     lines = [
-        f"Overhead **{overhead}**",
+        f"Overhead **{status.overhead_words}**",
         f"{status.frames_committed:,} frames committed",
         f"{num_measured:,} steps measured",
         f"{_count(status.frames_dropped)} frames dropped",

@@ -9,8 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from entropy_monitor import __version__
-from entropy_monitor.cli import dashboard, demo, doctor, phase, rank, run, status, watch
-from entropy_monitor.errors import ConfigError, EntropyMonitorError, NotARunError, RunNotFoundError
+from entropy_monitor.cli import attach, dashboard, demo, doctor, phase, rank, run, status, watch
+from entropy_monitor.errors import (
+    ConfigError,
+    EntropyMonitorError,
+    NoSuchProcessError,
+    NotARunError,
+    RunNotFoundError,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,6 +35,8 @@ app = typer.Typer(
 )
 app.command(name="demo")(demo.demo)
 app.command(name="run", context_settings={"allow_interspersed_args": False})(run.run)
+app.command(name="attach")(attach.attach)
+app.command(name="detach")(attach.detach)
 app.command(name="watch")(watch.watch)
 app.command(name="dashboard")(dashboard.dashboard)
 app.command(name="status")(status.status)
@@ -61,7 +69,7 @@ def run_command(arguments: Sequence[str]) -> int:
         arguments: what follows ``entropy-monitor``.
 
     Returns:
-        0 done, 1 failed, 2 usage, 3 no such run. Errors are one line on stderr.
+        0 done, 1 failed, 2 usage, 3 no such run or process. Errors are one line on stderr.
     """
     try:
         code = app(args=list(arguments), prog_name="entropy-monitor", standalone_mode=False)
@@ -69,7 +77,7 @@ def run_command(arguments: Sequence[str]) -> int:
         return _refuse(error)
     except (typer.Abort, KeyboardInterrupt):
         return EXIT_FAILED
-    except (RunNotFoundError, NotARunError) as error:
+    except (RunNotFoundError, NotARunError, NoSuchProcessError) as error:
         return _fail(error, EXIT_NO_RUN)
     except ConfigError as error:
         return _fail(error, EXIT_USAGE)

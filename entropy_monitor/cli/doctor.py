@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -85,13 +86,25 @@ def _inotify() -> Check:
 
 
 def _ptrace() -> Check:
-    try:
-        scope = int(Path("/proc/sys/kernel/yama/ptrace_scope").read_text(encoding="ascii"))
-    except OSError:
-        return Check("ptrace", "ok", "not restricted")
-    if scope == 0 or os.geteuid() == 0:
-        return Check("ptrace", "ok", f"Yama scope {scope}, uid {os.geteuid()}")
-    return Check("ptrace", "note", f"Yama scope {scope}", "attaching to a running process needs root")
+    from entropy_monitor.injection.rights import may_trace_all, yama_scope
+    from entropy_monitor.injection.self_test import trace_a_child
+
+    scope = yama_scope()
+    found = ", ".join(
+        [
+            "no Yama" if scope is None else f"Yama scope {scope}",
+            f"CAP_SYS_PTRACE {'effective' if may_trace_all() else 'missing'}",
+            f"uid {os.geteuid()}",
+            "gdb installed" if shutil.which("gdb") else "no gdb",
+        ]
+    )
+    if failure := trace_a_child():
+        remedy = "start jobs with `entropy-monitor run`, or a container with --cap-add SYS_PTRACE"
+        return Check("ptrace", "note", f"{found}; tracing a child failed: {failure}", remedy)
+    if scope and not may_trace_all():
+        remedy = "to attach to a running process be root, or start it with `entropy-monitor run`"
+        return Check("ptrace", "note", f"{found}; a child was traced, other processes may not be", remedy)
+    return Check("ptrace", "ok", f"{found}; a child was traced")
 
 
 def _gpu() -> Check:

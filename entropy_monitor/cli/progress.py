@@ -107,4 +107,4 @@ def summary_lines(run: Run) -> Iterator[str]:
         )
     if found.faults:
         yield "faults     " + ", ".join(f"{count} x {kind}" for kind, count in found.faults.items())
-    yield f"overhead   {found.overhead_percent} % of step time on the training thread"
+    yield f"overhead   {found.overhead_words}"

@@ -40,7 +40,7 @@ def _lines(found: RunStatus) -> list[tuple[str, str]]:
         ("run", found.run_id),
         ("trainer", f"{found.state}, attempt {found.attempt}, heartbeat {_seconds(found.heartbeat_age_s)} ago"),
         ("step", f"{_text(found.step)}, last step {_seconds(found.last_step_age_s)} ago"),
-        ("ranks", ", ".join(map(str, found.ranks)) or "none"),
+        ("ranks", _ranks(found)),
         (
             "phase",
             f"{_text(found.phase)}, weight {_text(found.weight)}, {'steered' if found.steer else 'observe-only'}",
@@ -52,9 +52,14 @@ def _lines(found: RunStatus) -> list[tuple[str, str]]:
         ("watcher", f"{found.watcher_state}, control {found.control}, measured to {_text(found.last_measured_step)}"),
         ("lag", f"p50 {_seconds(lag['p50'])}, p95 {_seconds(lag['p95'])} from commit to metrics"),
         ("commands pending", str(found.commands_pending)),
-        ("overhead", "unknown" if found.overhead_percent is None else f"{found.overhead_percent:.2f} % of step time"),
+        ("overhead", found.overhead_words),
         ("faults", ", ".join(f"{count} x {kind}" for kind, count in found.faults.items()) or "none"),
     ]
+
+
+def _ranks(found: RunStatus) -> str:
+    missing = f"; silent: {', '.join(map(str, found.missing_ranks))}" if found.missing_ranks else ""
+    return (", ".join(map(str, found.ranks)) or "none") + missing
 
 
 def _text(value: Any) -> str:

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
+_NUM_BANDS = 4
+"""Five eighths of the arithmetic of a full square; more bands save little and make thin products."""
+
 
 def weight_alignment_parts(
     x: Float[Array, "*batch n d_in"],
@@ -77,7 +80,8 @@ def projected_weight_alignment_parts(
     """`weight_alignment_parts` with ``h_i W_g`` given, so that many layers can be batched without stacking weights.
 
     Args:
-        x: inputs of the linear layer at the sampled tokens, ``[..., n, d_in]``.
+        x: inputs of the linear layer at the sampled tokens, ``[..., n, d_in]``; those of a leading
+            dimension of 1 are shared by all h.
         h: ``dMBE/dz`` at the same tokens, ``[..., n, d]``.
         projection: ``h @ W_g``, ``[..., n, d_in]``.
         patch: tokens in a patch.
@@ -95,7 +99,13 @@ def projected_weight_alignment_parts(
     """
     x_NE, h_ND, projection_NE = as_samples(x, "x"), as_samples(h, "h"), as_samples(projection, "projection")
     check_num_groups(num_groups)
-    if projection_NE.shape != x_NE.shape or h_ND.shape[:-1] != x_NE.shape[:-1]:
+    shared = zip(x_NE.shape[:-2], projection_NE.shape[:-2], strict=False)
+    if (
+        x_NE.ndim != projection_NE.ndim
+        or any(of_x not in (1, of_h) for of_x, of_h in shared)
+        or projection_NE.shape[-2:] != x_NE.shape[-2:]
+        or h_ND.shape[:-1] != projection_NE.shape[:-1]
+    ):
         raise ValueError(
             f"expected x and projection [n, d_in] and h [n, d]; found {tuple(x_NE.shape)}, "
             f"{tuple(projection_NE.shape)} and {tuple(h_ND.shape)}: give them for the same tokens"
@@ -105,12 +115,30 @@ def projected_weight_alignment_parts(
             split_patches(samples, patch).flatten(-3, -2) for samples in (x_NE, h_ND, projection_NE)
         )
         along_B = sum_blocks((projection_NE * x_NE).sum(-1), patch)
-        pairs_NN = (h_ND @ h_ND.mT) * (x_NE @ x_NE.mT)
-        pairs_BB = sum_blocks(sum_blocks(pairs_NN, patch).mT, patch)
-        pairs_BB = pairs_BB - torch.diag_embed(pairs_BB.diagonal(dim1=-2, dim2=-1))
+        pairs_BB = _pair_sums(x_NE, h_ND, patch)
         groups_BG = group_one_hot(along_B[..., None], num_groups)
         to_group_BG = pairs_BB @ groups_BG
         return torch.stack([along_B @ groups_BG, pairs_BB.sum(-1) @ groups_BG, (to_group_BG * groups_BG).sum(-2)], -1)
+
+
+def _pair_sums(x_NE: Tensor, h_ND: Tensor, patch: int) -> Tensor:
+    """Sum ``(h_i . h_j) (x_i . x_j)`` over the pairs of tokens of each two patches.
+
+    Both products are symmetric: on the CPU they are computed in bands of rows, from the diagonal to the right.
+
+    Returns:
+        ``[..., b, b]``, zero on the diagonal.
+    """
+    num_patches = h_ND.shape[-2] // patch
+    per_band = num_patches if h_ND.device.type != "cpu" else -(-num_patches // _NUM_BANDS)
+    bands: list[Tensor] = []
+    for first in range(0, num_patches, per_band):
+        rows, rest = slice(first * patch, (first + per_band) * patch), slice(first * patch, None)
+        pairs_RN = (h_ND[..., rows, :] @ h_ND[..., rest, :].mT) * (x_NE[..., rows, :] @ x_NE[..., rest, :].mT)
+        band_BR = sum_blocks(sum_blocks(pairs_RN, patch).mT, patch)
+        bands.append(torch.nn.functional.pad(band_BR.mT, (first, 0)))
+    above_BB = torch.cat(bands, -2).triu(1)
+    return above_BB + above_BB.mT
 
 
 def gradient_alignment_from_parts(

@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from entropy_monitor.store.attempts import list_attempts
+from entropy_monitor.store.attempts import list_attempts, read_attempt
 from entropy_monitor.store.commands import acknowledged_numbers, command_numbers, read_command
 from entropy_monitor.store.heartbeat import (
     WATCHER,
@@ -48,9 +48,16 @@ class RunStatus:
     frames_dropped: int
     frames_removed_unmeasured: int
     overhead_percent: float | None
+    """Of the training time, see `entropy_hooks.MonitorStats`."""
+    overhead_error_percent: float | None
+    """Standard error; None while the figure is a lower bound."""
+    overhead_samples: int
+    overhead_source: str
     last_step_age_s: float | None
     """Seconds since the last optimizer step; tells a hung trainer from a live one."""
     ranks: list[int]
+    missing_ranks: list[int]
+    """Ranks of the attempt that have said nothing yet, or nothing for a while and no goodbye."""
     watcher_state: Liveness
     control: str
     """The watcher's mode (off, advise, auto), ``suspended`` while an operator's command stands."""
@@ -66,6 +73,16 @@ class RunStatus:
     as good as the best, and from ``earliest`` to ``latest`` those not significantly worse; None where undetermined."""
     faults: dict[str, int] = field(default_factory=dict[str, int])
     """Count by kind, trainer and watcher together."""
+
+    @property
+    def overhead_words(self) -> str:
+        """The overhead with its error, or how it is known to be at least so much."""
+        if self.overhead_percent is None:
+            return "not measured yet"
+        if self.overhead_error_percent is None:
+            return f"at least {self.overhead_percent:.2f} % of step time ({self.overhead_source})"
+        figure = f"{self.overhead_percent:.2f} ± {self.overhead_error_percent:.2f} % of step time"
+        return f"{figure} (n = {self.overhead_samples}, every {self.every}; {self.overhead_source})"
 
 
 def read_status(run: Run, now: float | None = None) -> RunStatus:
@@ -103,8 +120,12 @@ def read_status(run: Run, now: float | None = None) -> RunStatus:
         frames_dropped=sum(int(beat.get("frames_dropped", 0)) for beat in beats.values()),
         frames_removed_unmeasured=_removed_unmeasured(objects),
         overhead_percent=_get(lead, "overhead_percent"),
+        overhead_error_percent=_get(lead, "overhead_error_percent"),
+        overhead_samples=_get(lead, "overhead_samples") or 0,
+        overhead_source=_get(lead, "overhead_source") or "not measured",
         last_step_age_s=_age(beats.values(), "last_step_at", now),
         ranks=sorted(beats),
+        missing_ranks=_missing(objects, attempt, beats, now),
         watcher_state=liveness(watcher, now),
         control=_get(watcher, "control") or "off",
         last_measured_step=_get(watcher, "last_measured_step"),
@@ -112,6 +133,11 @@ def read_status(run: Run, now: float | None = None) -> RunStatus:
         commands_pending=_pending(objects, sorted(beats), now),
         faults=_faults([*beats.values(), watcher or {}]),
     )
+
+
+def _missing(objects: Objects, attempt: int, beats: Mapping[int, Mapping[str, Any]], now: float) -> list[int]:
+    world_size = int(read_attempt(objects, attempt).get("world_size", 1)) if attempt else 0
+    return [rank for rank in range(world_size) if liveness(beats.get(rank), now) in ("stale", "dead")]
 
 
 def _get(beat: Mapping[str, Any] | None, name: str) -> Any:

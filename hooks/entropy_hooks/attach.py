@@ -20,7 +20,7 @@ from entropy_hooks.faults import Faults
 from entropy_hooks.monitor import Monitor
 from entropy_hooks.ranks import agree_on_attempt, process_started, rank_and_world_size
 from entropy_hooks.session import Session
-from entropy_hooks.taps import find_taps, steered_layers, unwrap
+from entropy_hooks.taps import find_taps, steered_layers, unwrap, unwrap_optimizer
 from entropy_hooks.target import Target
 from entropy_monitor import __version__
 from entropy_monitor.config import hooks_disabled, load_config
@@ -53,8 +53,8 @@ def attach(
 
     Args:
         model: the model that trains, wrapped or not.
-        optimizer: its optimizer; each ``optimizer.step()`` is a step. Several are given in the order in which they
-            step: a step is one round of them.
+        optimizer: its optimizer, wrapped or not; each ``optimizer.step()`` is a step. Several are given in the order in
+            which they step: a step is one round of them.
         run: directory of the run; else ``ENTROPY_MONITOR_RUN``, ``run`` in ``./monitor.toml``, or ``runs/TIME``.
         probe: for ``exact_alignment_every`` and ``observe="probe"``, a function that runs the model it is given on a
             fixed batch and returns the 0-d loss. Else the first training batch is the probe, with the loss that the
@@ -162,7 +162,8 @@ def prepare(
         return existing
     faults = Faults()
     taps = find_taps(inner, config.hooks.layers)
-    target = Target(inner, model, optimizers, taps, steered_layers(tuple(taps), config.hooks.steer_layers), probe)
+    steered = steered_layers(tuple(taps), config.hooks.steer_layers)
+    target = Target(inner, model, tuple(map(unwrap_optimizer, optimizers)), taps, steered, probe)
     if hooks_disabled():
         return Monitor(config.hooks, faults)
     if _processes and os.getpid() not in _processes:

@@ -1,7 +1,8 @@
 """The loss and its scale, read off the graph below the backward root before the pass frees it.
 
 GradScaler and gradient accumulation multiply the loss by constants; what is recorded is the loss before them, and what
-steering adds is multiplied by them.
+steering adds is multiplied by them. A sum that is divided is a mean, not a scaled loss: masked losses divide by the sum
+of the mask, the Hugging Face Trainer each micro-batch's summed cross-entropy by the tokens of all micro-batches.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 
+_SUM = 2  # `at::Reduction::Sum`
 _MAX_DEPTH = 16  # scalar operations between a loss and its root; a longer chain is a model, not a scale
 
 
@@ -39,7 +41,7 @@ def read_loss(roots: tuple[Any, ...], gradients: Any) -> LossReading:
     root = roots[0]
     if len(roots) != 1 or not isinstance(root, torch.Tensor) or root.numel() != 1:
         return LossReading(None, 1.0, ambiguous=True)
-    factor, ambiguous = _constant_factor(root.grad_fn)
+    factor, ambiguous = _constant_factor(root)
     if isinstance(factor, float) and factor == 0.0:
         return LossReading(None, 0.0, ambiguous=ambiguous)  # multiplied away: it cannot be recovered
     value = root.detach().reshape(())
@@ -49,23 +51,43 @@ def read_loss(roots: tuple[Any, ...], gradients: Any) -> LossReading:
     return LossReading(loss, scale, ambiguous)
 
 
-def _constant_factor(node: Any) -> tuple[torch.Tensor | float, bool]:
+def _constant_factor(root: torch.Tensor) -> tuple[torch.Tensor | float, bool]:
     factor: torch.Tensor | float = 1.0
+    node, index = root.grad_fn, root.output_nr
     for _ in range(_MAX_DEPTH):
         name = "" if node is None else node.name()
+        if name == "_DDPSinkBackward":  # DistributedDataParallel passes what the model returns through it unchanged
+            node, index = _parents(node)[index]
+            continue
         if node is None or name not in {"MulBackward0", "DivBackward0", "AddBackward0", "SubBackward0"}:
             break
-        branches = [parent for parent, _ in node.next_functions if parent is not None]
+        branches = [parent for parent in _parents(node) if parent[0] is not None]
         if len(branches) != 1:
             return factor, name in {"AddBackward0", "SubBackward0"}
+        parent: Any = branches[0][0]
         if name == "MulBackward0":
             factor = factor * _constant(node, "_saved_other", "_saved_self")
         elif name == "DivBackward0":
-            if node.next_functions[0][0] is None:  # constant / loss is no scaling
-                break
+            if _parents(node)[0][0] is None or parent.name() == "SumBackward0":
+                break  # constant / loss is no scaling; sum / constant is the loss itself
             factor = factor / _constant(node, "_saved_other")
-        node = branches[0]
+            if _is_summed_cross_entropy(parent):
+                return factor * _constant(parent, "_saved_total_weight"), False
+        node, index = branches[0]
     return factor, False
+
+
+def _parents(node: Any) -> tuple[tuple[Any, int], ...]:
+    return node.next_functions
+
+
+def _is_summed_cross_entropy(node: Any) -> bool:
+    """Such a node keeps the number of its targets, from which the mean is known whatever it was divided by.
+
+    Returns:
+        True or False.
+    """
+    return node.name() in {"NllLossBackward0", "NllLoss2DBackward0"} and node._saved_reduction == _SUM
 
 
 def _constant(node: Any, *names: str) -> torch.Tensor | float:

@@ -12,8 +12,8 @@ class MicroBatches:
     """
 
     def __init__(self) -> None:
-        self.in_forward = False
-        """Inside a training forward pass of the root module."""
+        self._calls: list[bool] = []
+        """Calls of the model that are on the stack: whether each is a training pass."""
         self.in_backward = False
         """Inside a backward pass that follows such a forward pass."""
         self.expected: int | None = None
@@ -21,13 +21,33 @@ class MicroBatches:
         """Backward passes since the last optimizer step."""
         self._forward_pending = False
 
-    def enter_forward(self) -> None:
-        """The root module's forward begins, with gradients enabled."""
-        self.in_forward, self._forward_pending = True, True
+    @property
+    def in_forward(self) -> bool:
+        """Inside a training forward pass of the model, and not in a backward pass that it runs itself."""
+        return bool(self._calls) and self._calls[-1] and not self.in_backward
+
+    def enter_forward(self, *, with_gradients: bool) -> bool:
+        """The model is called.
+
+        Returns:
+            Whether it is a training pass: with gradients, and no checkpoint that runs the model again for a backward.
+        """
+        training = with_gradients and not self.in_backward
+        self._calls.append(training)
+        self._forward_pending |= training
+        return training
+
+    def enter_part(self, *, with_gradients: bool) -> None:
+        """A part of the model is called: by the model, or by itself where the loop never calls the whole."""
+        if self._calls:
+            self._calls.append(self._calls[-1])  # a checkpointed part runs without gradients
+        else:
+            self.enter_forward(with_gradients=with_gradients)
 
     def leave_forward(self) -> None:
-        """The root module's forward has ended, with or without an exception."""
-        self.in_forward = False
+        """That call has ended, with or without an exception."""
+        if self._calls:
+            self._calls.pop()
 
     def is_last(self) -> bool:
         """Whether the pass under way, or about to begin, is the one to keep.
@@ -50,7 +70,8 @@ class MicroBatches:
         """The backward pass has ended."""
         if self.in_backward:
             self.count += 1
-        self.in_backward = self._forward_pending = False
+        self.in_backward = False
+        self._forward_pending = self.in_forward  # one call may run several (manual optimization)
 
     def step(self) -> None:
         """The optimizer has stepped."""

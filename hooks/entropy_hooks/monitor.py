@@ -39,7 +39,13 @@ class MonitorStats:
     frames_dropped: int
     frames_removed_unmeasured: int
     overhead_percent: float | None
-    """Host time that hooks took on the training thread, percent of the wall time since the first step."""
+    """What observing adds to the training time: sampled steps against the steps between them, on the training thread's
+    CPU clock (on CUDA the device's); until they can be compared, the time in our own code, a lower bound."""
+    overhead_error_percent: float | None
+    """Its standard error; None for a lower bound."""
+    overhead_samples: int
+    """Sampled steps that were compared with others."""
+    overhead_source: str
     faults: Mapping[str, int]
 
 
@@ -100,20 +106,27 @@ class Monitor:
                 frames_dropped=0,
                 frames_removed_unmeasured=0,
                 overhead_percent=None,
+                overhead_error_percent=None,
+                overhead_samples=0,
+                overhead_source="not measured",
                 faults=faults,
             )
             return replace(last, enabled=False, faults=faults)
+        stated = session.overhead()
         return MonitorStats(
             enabled=True,
             attempt=session.attempt,
             step=session.step,
             phase=self.phase,
             weight=self.phase_control.weight,
-            every=self.options.every,
+            every=session.cadence.every,
             frames_committed=session.writer.committed,
             frames_dropped=session.writer.dropped,
             frames_removed_unmeasured=session.writer.removed_unmeasured,
-            overhead_percent=session.meter.overhead_percent,
+            overhead_percent=stated.percent,
+            overhead_error_percent=stated.error_percent,
+            overhead_samples=stated.num_pairs,
+            overhead_source=stated.source,
             faults=faults,
         )
 

@@ -9,17 +9,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import sys
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from entropy_hooks import backward
 from entropy_hooks.capture import Capture, LinearSample
-from entropy_hooks.entry import Entry
-from entropy_hooks.loss import LossReading, read_loss
-from entropy_hooks.micro_batches import MicroBatches
-from entropy_hooks.probe_loss import depends_on
+from entropy_hooks.guard import Guard
+from entropy_hooks.passes import Passes
 from entropy_hooks.replay import Replay
 from entropy_hooks.steering import Injector
 from entropy_hooks.taps import first_embedding, first_tensor
@@ -28,12 +24,13 @@ from entropy_hooks.undisturbed import run_eagerly
 from entropy_hooks.weight_space import writes_features
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Mapping
+    from collections.abc import Callable, Mapping
 
     from torch import nn
     from torch.utils.hooks import RemovableHandle
 
     from entropy_hooks.faults import Faults
+    from entropy_hooks.loss import LossReading
     from entropy_hooks.meter import Meter
     from entropy_hooks.target import Target
     from entropy_hooks.tokens import TokenAxes
@@ -44,96 +41,61 @@ class Observer:
     """Hooks on one model; `Session` tells it which steps to sample and whether to steer."""
 
     def __init__(self, target: Target, options: MonitorOptions, faults: Faults, meter: Meter) -> None:
-        self._options, self._faults, self._meter, self._model = options, faults, meter, target.model
+        self._options, self._faults = options, faults
         self._generator = torch.Generator().manual_seed(int.from_bytes(os.urandom(7), "little"))
         self._injectors = {name: Injector(self._injection_scale, faults.count) for name in target.steered}
-        self.passes = MicroBatches()
+        self.guard = Guard(faults, meter)
         self.sampling = False
         """This step is sampled."""
         self.weight = 0.0
         """Weight of the MBE in force; 0 while the phase is memorize."""
-        self._direct = False
-        """The layers' own hooks have something to do in this step."""
         self.capture: Capture | None = None
         """The newest observed pass of this step that had its backward pass, or is having it."""
         self._forward: Capture | None = None
         """The newest observed forward pass."""
-        self.loss: LossReading | None = None
-        """Of the newest backward pass."""
         self.num_tokens = 0
         """Tokens of the forward passes since the last optimizer step; 0 without an embedding."""
-        self.on_forward: Callable[[], None] | None = None
-        """Is called when a training forward pass begins."""
         self.on_inputs: Callable[[tuple[Any, ...], dict[str, Any]], None] | None = None
         """Is called with the model's arguments at each training forward pass."""
-        self._silent = False
+        self._pass_ended = True
         self._eagerly = contextlib.ExitStack()
         """Holds while a compiled model is made to run eagerly, so that it can be steered."""
         self._hooked: set[str] = set()
         self._running: dict[str, dict[int, LinearSample]] = {}
         self._handles: list[RemovableHandle] = []
         self._linear_handles: dict[tuple[str, nn.Module], RemovableHandle] = {}
-        enter, leave = self._guard(self._enter_forward, always=True), self._guard(self._leave_forward, always=True)
-        self.entry = Entry(target.called, target.model, enter, leave)
-        self.replay = Replay(target, options, faults)
         self._embedding = first_embedding(target.model)
-        if not self.entry.compiled or options.steer:
+        self.replay = Replay(target, options, faults)
+        self.passes = Passes(target, self, self.guard, faults)
+        self._micro = self.passes.micro_batches
+        if not self.passes.compiled or options.steer:
             self._install(target.taps)
-        backward.listen(self)
 
     # ---- installation ------------------------------------------------------------------------------------------------
 
     def _install(self, taps: Mapping[str, nn.Module]) -> None:
         add = self._handles.append
+        self.passes.open_parts()
         if self._embedding is not None:
-            add(self._embedding.register_forward_pre_hook(self._guard(self._see_tokens, always=True)))
+            add(self._embedding.register_forward_pre_hook(self.guard(self._see_tokens, always=True)))
         for name, module in taps.items():
-            add(module.register_forward_hook(self._guard(functools.partial(self._see_output, name))))
+            add(module.register_forward_hook(self.guard(functools.partial(self._see_output, name))))
             if self._options.gradients and self._options.weight_alignment and self._options.observe == "training":
                 for inner in module.modules():
                     if writes_features(inner) is not None:
-                        hook = self._guard(functools.partial(self._see_linear, name))
+                        hook = self.guard(functools.partial(self._see_linear, name))
                         self._linear_handles[name, inner] = inner.register_forward_hook(hook)
+        self.passes.close_parts()
 
     def remove(self) -> None:
         """Take every hook away; the model's dictionaries are as they were."""
-        backward.unlisten(self)
-        self.entry.remove()
+        self.passes.remove()
         for handle in (*self._handles, *self._linear_handles.values()):
             handle.remove()
         self._handles.clear()
         self._linear_handles.clear()
         self._eagerly.close()
         self.capture = self._forward = None
-
-    @contextlib.contextmanager
-    def silenced(self) -> Generator[None]:
-        """Within, the model runs for our own sake: nothing is observed, counted or steered."""
-        self._silent = True
-        try:
-            yield
-        finally:
-            self._silent = False
-
-    def _guard(self, hook: Callable[..., None], *, always: bool = False) -> Callable[..., None]:
-        """Count a hook's time and its exceptions: neither may reach the training job.
-
-        Returns:
-            The hook, which does nothing while silenced, or on a step neither sampled nor steered unless `always`. In a
-            graph that is being compiled it leaves no trace.
-        """
-
-        def guarded(*args: Any) -> None:
-            if torch.compiler.is_compiling():
-                return
-            if (always or self._direct) and not self._silent:
-                with self._meter:
-                    try:
-                        hook(*args)
-                    except Exception as error:
-                        self._faults.count("hook_error", error)
-
-        return guarded
 
     # ---- steps and passes --------------------------------------------------------------------------------------------
 
@@ -146,7 +108,7 @@ class Observer:
         """
         self.sampling, self.weight = sampling, weight
         # A compiled model is observed by its replay; steered, it runs eagerly and its own hooks see it.
-        self._direct = weight > 0 or (sampling and not self.entry.compiled)
+        self.guard.active = weight > 0 or (sampling and not self.passes.compiled)
 
     @property
     def observed(self) -> Capture | None:
@@ -156,80 +118,58 @@ class Observer:
     @property
     def replays(self) -> bool:
         """The step under way is observed by running a part of it again."""
-        return self.sampling and not self._direct
+        return self.sampling and not self.guard.active
 
-    def _enter_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._eagerly.close()  # a pass that raised may have left it open
-        if not torch.is_grad_enabled() or self.passes.in_backward:
-            self.passes.leave_forward()
-            return  # evaluation, or a checkpoint around the whole model that runs it again
-        if self.on_forward is not None:
-            self.on_forward()
-        self.passes.enter_forward()
-        self._hooked.clear()
-        self._running.clear()
-        if self.entry.compiled:
+    def begin_forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """See `passes.PassListener`."""
+        if self.passes.compiled:
             self._enter_compiled(args, kwargs)
-        if self._direct and self.sampling and self.passes.is_last():
-            self._forward = Capture()
+        self._begin_pass()
         if self.on_inputs is not None:  # last: it meets classes of the user's, and must not cost the frame
             self.on_inputs(args, kwargs)
 
     def _enter_compiled(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._eagerly.close()  # a pass that raised may have left it open
         if self.weight:
             self._eagerly.enter_context(run_eagerly())
         elif self._embedding is not None:
             ids = first_tensor(args) if args else first_tensor(kwargs)
             if ids is not None and not ids.is_floating_point():
                 self.num_tokens += ids.numel()
-        if self.replays and self.passes.is_last():
+        if self.replays and self._micro.is_last():
             self.replay.keep_inputs(args, kwargs)
 
-    def _leave_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def end_forward(self, output: Any) -> None:
+        """See `passes.PassListener`."""
         self._eagerly.close()
-        if self.passes.in_forward and self.replays and self.passes.is_last():
-            self.replay.keep_output(output, lambda: self.passes.in_backward and self.passes.is_last())
-        self.passes.leave_forward()
+        if self._micro.in_forward and self.replays and self._micro.is_last():
+            self.replay.keep_output(output, lambda: self._micro.in_backward and self._micro.is_last())
 
-    def before_backward(self, roots: tuple[Any, ...], gradients: Any) -> None:
-        """A backward pass from `roots` begins; see `backward.BackwardListener`."""
-        with self._meter:
-            try:
-                if not self.passes.enter_backward():
-                    self._look_for_compiled(roots)
-                    return
-                if self._forward is not None:
-                    self.capture, self._forward = self._forward, None
-                self.loss = None
-                self.loss = read_loss(roots, gradients)
-                if self.capture is not None and self.passes.is_last():
-                    self.capture.loss = self.loss
-            except Exception as error:
-                self._faults.count("hook_error", error)
+    def _begin_pass(self) -> None:
+        self._pass_ended = False
+        self._hooked.clear()
+        self._running.clear()
+        if self.sampling and self.guard.active and self._micro.is_last():
+            self._forward = Capture()
 
-    def after_backward(self) -> None:
-        """The backward pass has ended."""
-        self.passes.leave_backward()
+    def begin_backward(self, loss: LossReading | None) -> None:
+        """See `passes.PassListener`."""
+        if self._forward is not None:
+            self.capture, self._forward = self._forward, None
+        if self.capture is not None and self._micro.is_last():
+            self.capture.loss = loss
 
-    def _look_for_compiled(self, roots: tuple[Any, ...]) -> None:
-        """A backward pass whose forward pass was not seen: is it our model's, compiled since we looked?"""
-        if self.entry.compiled or self.passes.count or "torch._dynamo" not in sys.modules:
-            return
-        tensors = [root for root in roots if isinstance(root, torch.Tensor) and root.grad_fn is not None]
-        if any(depends_on(root, self._model.parameters()) for root in tensors) and not self.entry.look_again():
-            self._faults.count(
-                "not_observed",
-                "expected to see the model run; found a backward pass through it alone (compiled inside a larger "
-                "function?): compile the model itself, and give attach what torch.compile returned",
-            )
+    def end_backward(self) -> None:
+        """See `passes.PassListener`."""
+        self._pass_ended = True
 
     def end_step(self) -> None:
         """Forget the step that has ended."""
         if self.capture is not None and self.capture.linears:
             self._keep_only_last_linears(self.capture)
-        self.capture = self._forward = self.loss = None
+        self.capture = self._forward = None
         self.num_tokens = 0
-        self.passes.step()
+        self.passes.end_step()
 
     def _keep_only_last_linears(self, capture: Capture) -> None:
         """After the first observed pass it is known which linear layer writes into each block: unhook the others."""
@@ -241,10 +181,12 @@ class Observer:
     # ---- observation -------------------------------------------------------------------------------------------------
 
     def _capturing(self) -> Capture | None:
-        return self._forward if self.sampling and self.passes.in_forward and self.passes.is_last() else None
+        if self._pass_ended and self._micro.in_forward:  # of a part, or of a call that runs backward several times
+            self._begin_pass()
+        return self._forward if self.sampling and self._micro.in_forward and self._micro.is_last() else None
 
     def _see_tokens(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if self.passes.in_forward and args and isinstance(args[0], torch.Tensor):
+        if self._micro.in_forward and args and isinstance(args[0], torch.Tensor):
             self.num_tokens += args[0].numel()
             if (capture := self._capturing()) is not None and capture.token_ids is None:
                 capture.token_ids = args[0].detach().clone()  # a loader may reuse its buffer before the step
@@ -262,8 +204,8 @@ class Observer:
 
     def _see_output(self, layer: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         z = first_tensor(output)
-        recomputed = not self.passes.in_forward and self.passes.in_backward
-        if z is None or not (self.passes.in_forward or recomputed):
+        recomputed = not self._micro.in_forward and self._micro.in_backward
+        if z is None or not (self._micro.in_forward or recomputed):
             return
         axes = axes_of(module, z, self._options.token_dim)
         if axes is None or not z.is_floating_point() or hasattr(z, "placements"):
@@ -314,9 +256,9 @@ class Observer:
 
     def _hook_gradient(self, layer: str, z: torch.Tensor) -> None:
         # Checkpointed without a graph, a block runs again in the backward pass of the capture that it belongs to.
-        capture = self._forward if self.passes.in_forward else self.capture
+        capture = self._forward if self._micro.in_forward else self.capture
         # A pass behind the captured one (the number of micro-batches has changed) must not overwrite its gradients.
-        if not self._options.gradients or capture is None or not self.passes.is_last():
+        if not self._options.gradients or capture is None or not self._micro.is_last():
             return
         if (sampled := capture.activations.get(layer)) is None:
             return
@@ -328,13 +270,10 @@ class Observer:
         self, capture: Capture, layer: str, wanted: Callable[[], bool], store: Callable[[torch.Tensor], None]
     ) -> Callable[[torch.Tensor], None]:
         def record(gradient: torch.Tensor) -> None:
-            if capture is not self.capture or not self.passes.in_backward or capture.sample is None or not wanted():
-                return  # `torch.autograd.grad`, or the graph of an older pass
-            with self._meter:
-                try:
-                    store(capture.sample.select(capture.axes[layer].sequences(gradient.detach())))
-                except Exception as error:
-                    self._faults.count("hook_error", error)
+            sample = capture.sample
+            if capture is self.capture and self._micro.in_backward and sample is not None and wanted():
+                self.guard.run(lambda: store(sample.select(capture.axes[layer].sequences(gradient.detach()))))
+            # else `torch.autograd.grad`, or the graph of an older pass
 
         return record
 
@@ -346,9 +285,10 @@ class Observer:
         Returns:
             The factor of each steered layer's MBE gradient.
         """
-        if not self.passes.in_backward or self.loss is None or not self.weight:
+        loss = self.passes.loss
+        if not self._micro.in_backward or loss is None or not self.weight:
             return None
-        if self.loss.ambiguous and self._options.loss_scale is None:
+        if loss.ambiguous and self._options.loss_scale is None:
             self._faults.count("loss_scale_ambiguous", "several loss terms: give attach(loss_scale=) to steer this job")
             return None
-        return self.loss.scale * ((self._options.loss_scale or 1.0) * self.weight / len(self._injectors))
+        return loss.scale * ((self._options.loss_scale or 1.0) * self.weight / len(self._injectors))

@@ -56,7 +56,7 @@ class ProbeSampler:
 
     def _ask(self, question: Callable[[], _Found]) -> _Found | None:
         try:
-            with self._observer.silenced():
+            with self._observer.guard.silenced():
                 return question()
         except Exception as error:  # the model's own code has run, or memory was short: training goes on
             self._faults.count("probe_failed", error)

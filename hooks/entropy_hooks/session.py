@@ -8,6 +8,10 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from entropy_hooks.budget import Cadence
+from entropy_hooks.cost import Overhead, StepCosts, host_clocks, overhead
 from entropy_hooks.frame import FrameAssembler, ObservedPass, StepRecord
 from entropy_hooks.host import Ring
 from entropy_hooks.meter import Meter
@@ -17,6 +21,7 @@ from entropy_hooks.probe_sampler import ProbeSampler
 from entropy_hooks.pulse import Pulse
 from entropy_hooks.ranks import rank_and_world_size
 from entropy_hooks.scalars import ScalarsBatch
+from entropy_hooks.shared_notes import share_notes
 from entropy_hooks.step_boundary import StepBoundary
 from entropy_hooks.weight_space import reduce_layers
 from entropy_hooks.writer import Writer
@@ -25,8 +30,7 @@ from entropy_monitor.types import PHASES
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    import torch
-
+    from entropy_hooks.cost import Clock
     from entropy_hooks.faults import Faults
     from entropy_hooks.host import Slot
     from entropy_hooks.loss import LossReading
@@ -56,6 +60,10 @@ class Session:
         self._last_step_at: float | None = None
         self._ended = False
         self.meter = Meter()
+        device = next((parameter.device for parameter in target.model.parameters()), torch.device("cpu"))
+        self._costs = StepCosts(host_clocks(self.meter), device)
+        notes = f"entropy_monitor/{run.objects.url}/{self.attempt}/cadence"
+        self.cadence = Cadence(options.every, options.max_overhead, self._costs, lambda: share_notes(notes))
         self._ring = Ring()
         self._scalars = ScalarsBatch(self._ring)
         self._assembler = FrameAssembler(options, tuple(target.taps), self._ring, faults)
@@ -72,7 +80,11 @@ class Session:
         if options.exact_alignment_every or options.observe == "probe":
             self._probe = ProbeSampler(target, self._observer, options, faults)
         self._boundary = StepBoundary(target.optimizers, self._guard(self._before_step), self._guard(self._after_step))
-        self._observer.on_forward = self._boundary.begin_forward
+        self._observer.passes.on_forward = self._boundary.begin_forward
+
+    def overhead(self, clock: Clock | None = None) -> Overhead:
+        """What observing costs, see `cost.overhead`."""
+        return overhead(self._costs, self.meter, self.cadence.every, clock)
 
     def start(self) -> None:
         """Start the threads, and sample the first step if it is due."""
@@ -125,7 +137,7 @@ class Session:
             self._exact = probe.audit()
         if self._options.observe == "probe":
             self._observed = probe.observe()
-            if self._observed is not None and self._observer.passes.count:
+            if self._observed is not None and self._observer.passes.micro_batches.count:
                 self._observed.grad_norm = gradient_norm(self._target.optimizers)
 
     def _observe_training(self) -> None:
@@ -146,11 +158,11 @@ class Session:
         self._complete(observed, capture.loss)
 
     def _replay_training(self) -> None:
-        with self._observer.silenced():
+        with self._observer.guard.silenced():
             observed = self._observer.replay.observe()
         if observed is not None:
             self._observed = observed
-            self._complete(observed, self._observer.loss)
+            self._complete(observed, self._observer.passes.loss)
             observed.capture.linears.clear()
 
     def _complete(self, observed: ObservedPass, loss: LossReading | None) -> None:
@@ -161,7 +173,7 @@ class Session:
         sample = observed.capture.sample
         if self._options.gradients and self._options.weight_alignment and sample is not None:
             batch_patches = observed.num_batch_patches or sample.num_batch_patches
-            batch_patches *= max(1, self._observer.passes.count)
+            batch_patches *= max(1, self._observer.passes.micro_batches.count)
             observed.weight_space = reduce_layers(observed.capture, observed.contaminated, batch_patches)
 
     def _after_step(self) -> None:
@@ -171,23 +183,29 @@ class Session:
         finally:  # whatever could not be recorded, the steps go on being counted
             self._observed = self._exact = None
             self._observer.end_step()
-            self.step += 1
+            was_sampled, self.step = self._sampled, self.step + 1
             self._last_step_at = time.time()
-            self.meter.step()
             try:
+                if was_sampled:
+                    self.cadence.after_sampled(self.step - 1)
                 self._phase.apply_pending(self._pulse, self.step)
             except Exception as error:  # the process group is gone, ...: the next boundary tries again
-                self._faults.count("commands_unreadable", error)
+                self._faults.count("notes_unreadable", error)
             self._begin_step()
+            self.meter.step()
+            self._costs.step(sampled=was_sampled)
 
     def _record_step(self) -> None:
-        if self._observed is None and not self._observer.replays:
+        capture = self._observer.capture
+        # A closure runs its pass within the step: a newer one than was looked at before it.
+        newer = capture is not None and self._observed is not None and capture is not self._observed.capture
+        if not self._observer.replays and (self._observed is None or newer):
             self._observe_training()
         elif self._observed is not None and self._observed.grad_norm is None:
             self._observed.grad_norm = gradient_norm(self._target.optimizers)
         now = time.time()
         lr = learning_rate(self._target.optimizers[0])
-        loss = self._observer.loss
+        loss = self._observer.passes.loss
         self._num_tokens_seen += self._observer.num_tokens
         grad_norm = self._observed.grad_norm if self._observed is not None else None
         self._scalars.add(
@@ -208,7 +226,7 @@ class Session:
             self._send_scalars()
 
     def _begin_step(self) -> None:
-        self._sampled = self.step % self._options.every == 0
+        self._sampled = self.cadence.is_sampled(self.step)
         sampling = self._sampled and self._options.observe == "training"
         self._observer.begin_step(sampling=sampling, weight=self._phase.weight_in_force)
 
@@ -240,7 +258,7 @@ class Session:
         capture = self._observer.observed
         if self._observer.replays or (capture is not None and capture.too_short):
             return  # counted where it was met
-        entry = self._observer.entry
+        entry = self._observer.passes.entry
         # Compiled since the step began: it is observed from the next one on.
         if not (entry.compiled and not self._observer.weight) and not entry.look_again():
             self._faults.count("not_observed", "no tapped layer ran in this step (compiled, or not this model)")
@@ -272,12 +290,23 @@ class Session:
             "phase": self._phase.phase,
             "weight": self._phase.weight,
             "steer": self._options.steer,
-            "every": self._options.every,
+            "every": self.cadence.every,
             "last_step_at": self._last_step_at,
             "frames_committed": self.writer.committed,
             "frames_dropped": self.writer.dropped,
             "faults": self._faults.snapshot(),
-            "overhead_percent": self.meter.overhead_percent,
+            **self._overhead(),
+        }
+
+    def _overhead(self) -> dict[str, Any]:
+        stated, real = self.overhead(), self.overhead("wall")
+        return {
+            "overhead_percent": stated.percent,
+            "overhead_error_percent": stated.error_percent,
+            "overhead_samples": stated.num_pairs,
+            "overhead_source": stated.source,
+            "overhead_wall_percent": real.percent if real.num_pairs else None,
+            "overhead_wall_error_percent": real.error_percent,
         }
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from entropy_monitor.errors import ConfigError
 
@@ -44,13 +45,24 @@ def wrappers(model: nn.Module) -> list[nn.Module]:
         chain.append(model)
 
 
+def unwrap_optimizer(optimizer: Optimizer) -> Optimizer:
+    """The optimizer that steps, inside Accelerate's and Lightning's wrappers: theirs call no step hooks of their own.
+
+    Returns:
+        The innermost optimizer.
+    """
+    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer) and inner is not optimizer:
+        optimizer = inner
+    return optimizer
+
+
 def find_taps(model: nn.Module, layers: Sequence[str] | None) -> dict[str, nn.Module]:
     """Choose the modules whose outputs are observed.
 
     Args:
         model: the unwrapped model.
         layers: names or globs; None takes the residual blocks (the longest `ModuleList` of one class), else recurrent
-            modules, else the top-level children.
+            modules, else the top-level children (of the sole child, where only one has parameters).
 
     Returns:
         Name to module, in model order.
@@ -64,7 +76,7 @@ def find_taps(model: nn.Module, layers: Sequence[str] | None) -> dict[str, nn.Mo
     if blocks:
         return blocks
     recurrent = {name: module for name, module in model.named_modules() if isinstance(module, nn.RNNBase)}
-    taps: dict[str, nn.Module] = {**recurrent} or dict(model.named_children())
+    taps: dict[str, nn.Module] = {**recurrent} or _children(model)
     if not taps:
         raise ConfigError(
             f"expected a model with submodules to observe; found {type(model).__name__} without any: give its parent"
@@ -79,6 +91,47 @@ def _residual_blocks(model: nn.Module) -> dict[str, nn.Module]:
         if same_class and len(module) > max(1, len(longest)):  # type: ignore[arg-type]
             longest = {f"{name}.{index}": child for index, child in enumerate(module)}  # type: ignore[arg-type]
     return longest
+
+
+def parts(model: nn.Module, taps: Collection[str]) -> list[nn.Module]:
+    """Modules that a training loop may call in the model's place: its children, and tapped layers with all above them.
+
+    Lightning calls ``training_step``, which may run ``self.encoder`` and ``self.decoder`` and never the module itself.
+
+    Args:
+        model: the unwrapped model.
+        taps: names of the tapped layers.
+
+    Returns:
+        The modules, in model order; containers, which nobody calls, are left out.
+    """
+    names = set(dict(model.named_children()))
+    for tap in taps:
+        pieces = tap.split(".")
+        names.update(".".join(pieces[:end]) for end in range(1, len(pieces) + 1))
+    return [
+        module
+        for name, module in model.named_modules()
+        if name in names and not isinstance(module, nn.ModuleList | nn.ModuleDict)
+    ]
+
+
+def _children(model: nn.Module, prefix: str = "") -> dict[str, nn.Module]:
+    children = {f"{prefix}{name}": child for name, child in model.named_children() if not _is_loss_or_metric(child)}
+    trained = [name for name, child in children.items() if next(child.parameters(), None) is not None]
+    if len(trained) == 1 and (inner := _children(children[trained[0]], f"{trained[0]}.")):
+        return inner
+    return children
+
+
+def _is_loss_or_metric(module: nn.Module) -> bool:
+    """A LightningModule keeps them beside its network; their output has no tokens.
+
+    Returns:
+        True or False.
+    """
+    packages = {".".join(kind.__module__.split(".")[:4]) for kind in type(module).__mro__}
+    return "torch.nn.modules.loss" in packages or any(package.startswith("torchmetrics.") for package in packages)
 
 
 def _matching(model: nn.Module, layers: Sequence[str]) -> dict[str, nn.Module]:

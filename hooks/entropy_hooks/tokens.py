@@ -11,12 +11,17 @@ activation                    tokens
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import weakref
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from entropy_monitor.types import PATCH_LENGTH, TOKEN_OFFSETS
+
+_declared: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
+"""Of each tapped module, whether it takes batches first: looking through all that is in it takes long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +79,10 @@ def axes_of(module: nn.Module, z: torch.Tensor, token_dim: int | None) -> TokenA
 
 def _batch_first(module: nn.Module) -> bool:
     """The module's own ``batch_first``, or that of a layer in it: a transformer layer keeps it in its attention."""
-    declared = (getattr(inner, "batch_first", None) for inner in module.modules())
-    return next((value for value in declared if isinstance(value, bool)), True)
+    if module not in _declared:
+        declared = (getattr(inner, "batch_first", None) for inner in module.modules())
+        _declared[module] = next((value for value in declared if isinstance(value, bool)), True)
+    return _declared[module]
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +98,10 @@ class PatchSample:
     flat: torch.Tensor
     """Shape ``[n]``: row of the batch seen as ``[B * T, d]``."""
     num_patches: int
+    _selected: dict[tuple[object, ...], tuple[StorageWeakRef, torch.Tensor]] = field(
+        default_factory=dict[tuple[object, ...], tuple[StorageWeakRef, torch.Tensor]], repr=False, compare=False
+    )
+    """What has been gathered, by the identity of what it was gathered from."""
 
     @property
     def num_batch_patches(self) -> int:
@@ -108,12 +119,26 @@ class PatchSample:
     def select(self, sequences: torch.Tensor) -> torch.Tensor:
         """Gather the sampled tokens.
 
+        One tensor is often met twice: an activation as the next linear layer's input, a gradient at both ends of a
+        residual connection. The second time, the first copy is given.
+
         Args:
             sequences: shape ``[B, T, d]``.
 
         Returns:
-            A new tensor ``[n, d]``.
+            A tensor ``[n, d]``, not to be written into.
         """
+        identity = _identity(sequences)
+        if identity is None:
+            return self._gather(sequences)
+        source, selected = self._selected.get(identity, (None, None))
+        # The weak reference tells a tensor that is still there from another one that took its place in memory.
+        if source is None or selected is None or source.expired():
+            selected = self._gather(sequences)
+            self._selected[identity] = StorageWeakRef(sequences.untyped_storage()), selected
+        return selected
+
+    def _gather(self, sequences: torch.Tensor) -> torch.Tensor:
         if sequences.is_contiguous():
             return sequences.view(-1, sequences.shape[-1]).index_select(0, self.flat)
         return sequences[self.sequence, self.position]
@@ -132,6 +157,17 @@ class PatchSample:
         inside = (positions >= 0) & (positions < self.sequence_length)
         windows = ids[self.sequence[:, None], positions.clamp(0, self.sequence_length - 1)]
         return torch.where(inside, windows, -1).to(torch.int32)
+
+
+def _identity(tensor: torch.Tensor) -> tuple[object, ...] | None:
+    """What tells a tensor's contents from all others while its storage lives.
+
+    Returns:
+        None where that cannot be said: subclasses may have no storage, inference tensors count no changes.
+    """
+    if type(tensor) is not torch.Tensor or tensor.is_inference():
+        return None
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor._version
 
 
 def draw_patches(

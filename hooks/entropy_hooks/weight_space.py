@@ -1,13 +1,17 @@
-"""Weight-space alignment: partial sums on the trainer's device, just before the optimizer steps.
+"""Weight-space alignment: partial sums of each layer, from the gradients that stand just before the optimizer steps.
 
 The MBE gradient of a weight is known only where the layer writes straight into the observed activation. That is found
 at run time and checked by the gradients themselves; where the check fails the layer is undetermined, never guessed.
+
+On a GPU the sums are launched at once. On the CPU the training thread copies the weights' gradients, which the next
+step overwrites, and the writer thread does the arithmetic.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+import functools
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import nn
@@ -16,7 +20,7 @@ from entropy_monitor.estimators import patch_matrix_entropy_gradient, projected_
 from entropy_monitor.types import NUM_JACKKNIFE_GROUPS, PATCH_LENGTH
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from entropy_hooks.capture import Capture
 
@@ -25,7 +29,9 @@ STATUS_VALID, STATUS_NO_LINEAR, STATUS_CHECK_FAILED, STATUS_SHARDED, STATUS_STEE
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 """Relative difference of the two gradients that rounding explains."""
 _MAX_STACKED = 1 << 25
-"""Entries of layer inputs reduced at once, 128 MB in float32."""
+"""Entries of layer inputs reduced at once on a GPU, 128 MB in float32."""
+_MAX_COPIED = 1 << 25
+"""Entries of weight gradients that a frame may keep for the writer; of larger models the sums are made at once."""
 
 
 def writes_features(module: nn.Module) -> tuple[torch.Tensor, int, bool] | None:
@@ -42,14 +48,24 @@ def writes_features(module: nn.Module) -> tuple[torch.Tensor, int, bool] | None:
     return None
 
 
+class Sums(NamedTuple):
+    """What the store keeps of the weight-space alignment."""
+
+    parts_LG3: torch.Tensor
+    """See `types.AlignmentParts`."""
+    info_L4: torch.Tensor
+    """Gradient norm, sampled patches, patches in the batch, status."""
+
+
 @dataclass(frozen=True, slots=True)
 class WeightSpace:
-    """Partial sums of the weight-space alignment of every observed layer, on the device."""
+    """The weight-space alignment of every observed layer."""
 
-    parts: dict[str, torch.Tensor]
-    """Per layer ``[16, 3]``, see `types.AlignmentParts`."""
-    info: dict[str, torch.Tensor]
-    """Per layer ``[4]``: gradient norm, sampled patches, patches in the batch, status."""
+    layers: tuple[str, ...]
+    sums: Sums | None
+    """On the device; None where they are still to be made."""
+    make_sums: Callable[[], Sums]
+    """Makes them from tensors that nobody else writes into, on any thread."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,12 +78,16 @@ class _Candidate:
     inputs_NE: torch.Tensor
     linear_gradient_ND: torch.Tensor
     weight_gradient_DE: torch.Tensor
+    ours: bool
+    """The weight's gradient belongs to us: no training step will write into it."""
+
+
+_Family = tuple[_Candidate, ...]
+"""Layers that one linear layer writes into, as into an MLP's output and the block's."""
 
 
 def reduce_layers(capture: Capture, contaminated: frozenset[str], num_batch_patches: int) -> WeightSpace:
     """Reduce the alignment of every observed layer, before the optimizer changes or clears the gradients.
-
-    Layers of equal shapes are reduced together: a GPU would otherwise wait for hundreds of small launches.
 
     Args:
         capture: the observed pass.
@@ -75,28 +95,18 @@ def reduce_layers(capture: Capture, contaminated: frozenset[str], num_batch_patc
         num_batch_patches: whole patches in the optimizer step's batch on this rank.
 
     Returns:
-        Parts and info of each layer. On the device, nothing synchronised.
+        The sums, or how to make them. Nothing is synchronised.
     """
-    parts: dict[str, torch.Tensor] = {}
-    info: dict[str, torch.Tensor] = {}
-    alike: dict[tuple[object, ...], list[_Candidate]] = {}
-    for layer, activation in capture.activations.items():
-        found = _examine(capture, layer, contaminated)
-        if isinstance(found, _Candidate):
-            key = (activation.shape, found.inputs_NE.shape, found.gradient_ND.dtype, found.linear_gradient_ND.dtype)
-            alike.setdefault(key, []).append(found)
-        else:
-            parts[layer] = torch.full((NUM_JACKKNIFE_GROUPS, 3), float("nan"), device=activation.device)
-            info[layer] = torch.full((4,), float("nan"), device=activation.device)
-            info[layer][3].fill_(found)  # filled, not built from a list: a copy from the host waits for the device
-    for candidates in alike.values():
-        at_once = max(1, _MAX_STACKED // candidates[0].inputs_NE.numel())
-        for first in range(0, len(candidates), at_once):
-            few = candidates[first : first + at_once]
-            parts_LG3, info_L4 = _reduce(few, num_batch_patches)
-            for index, candidate in enumerate(few):
-                parts[candidate.layer], info[candidate.layer] = parts_LG3[index], info_L4[index]
-    return WeightSpace({layer: parts[layer] for layer in capture.activations}, info)
+    found = {layer: _examine(capture, layer, contaminated) for layer in capture.activations}
+    on_cpu = all(activation.device.type == "cpu" for activation in capture.activations.values())
+    families = _families([candidate for candidate in found.values() if isinstance(candidate, _Candidate)])
+    deferred = on_cpu and sum(family[0].weight_gradient_DE.numel() for family in families) <= _MAX_COPIED
+    if deferred:
+        families = [_with_own_weight_gradient(family) for family in families]
+    status = {layer: value for layer, value in found.items() if not isinstance(value, _Candidate)}
+    device = next(iter(capture.activations.values())).device
+    make_sums = functools.partial(_make_sums, tuple(found), families, status, num_batch_patches, device)
+    return WeightSpace(tuple(found), None if deferred else make_sums(), make_sums)
 
 
 def _examine(capture: Capture, layer: str, contaminated: frozenset[str]) -> _Candidate | int:
@@ -112,7 +122,10 @@ def _examine(capture: Capture, layer: str, contaminated: frozenset[str]) -> _Can
         return STATUS_NO_LINEAR
     weight_gradient = linear.weight.grad if linear.weight_gradient is None else linear.weight_gradient
     if weight_gradient is None:
-        return STATUS_NO_LINEAR
+        # FSDP shows the layer its whole weight while it runs, and keeps shards otherwise.
+        recognised = writes_features(linear.module)
+        sharded = recognised is not None and hasattr(recognised[0], "placements")
+        return STATUS_SHARDED if sharded else STATUS_NO_LINEAR
     if linear.output_gradient is None:  # the block overwrote its output in place, or ran without a graph
         return STATUS_CHECK_FAILED
     weight_gradient = weight_gradient.detach()
@@ -125,27 +138,123 @@ def _examine(capture: Capture, layer: str, contaminated: frozenset[str]) -> _Can
         linear.inputs,
         linear.output_gradient,
         weight_gradient.T if linear.transposed else weight_gradient,
+        linear.weight_gradient is not None,
     )
 
 
-def _reduce(candidates: Sequence[_Candidate], num_batch_patches: int) -> tuple[torch.Tensor, torch.Tensor]:
-    activation_LND = torch.stack([candidate.activation_ND for candidate in candidates]).float()
-    inputs_LNE = torch.stack([candidate.inputs_NE for candidate in candidates]).float()
-    mask_LND, status_L = _identity_path(
-        torch.stack([candidate.gradient_ND for candidate in candidates]),
-        torch.stack([candidate.linear_gradient_ND for candidate in candidates]),
-    )
-    h_LND = patch_matrix_entropy_gradient(activation_LND, patch=PATCH_LENGTH) * mask_LND
+def _families(candidates: Sequence[_Candidate]) -> list[_Family]:
+    families: dict[tuple[object, ...], list[_Candidate]] = {}
+    for candidate in candidates:
+        weight = candidate.weight_gradient_DE
+        key = (id(candidate.inputs_NE), weight.data_ptr(), weight.shape, weight.stride())
+        families.setdefault(key, []).append(candidate)
+    return [tuple(family) for family in families.values()]
+
+
+def _with_own_weight_gradient(family: _Family) -> _Family:
+    if family[0].ours:
+        return family
+    copy = family[0].weight_gradient_DE.clone()
+    return tuple(replace(candidate, weight_gradient_DE=copy) for candidate in family)
+
+
+def _make_sums(
+    layers: tuple[str, ...],
+    families: Sequence[_Family],
+    status: dict[str, int],
+    num_batch_patches: int,
+    device: torch.device,
+) -> Sums:
+    """Reduce all families; layers without a candidate get NaN and their status.
+
+    Families of equal shapes are reduced together on a GPU, which would otherwise wait for hundreds of small launches;
+    one by one on the CPU, where they fit the caches.
+
+    Returns:
+        The sums in the order of `layers`.
+    """
+    parts: dict[str, torch.Tensor] = {}
+    info: dict[str, torch.Tensor] = {}
+    for layer, value in status.items():
+        parts[layer] = torch.full((NUM_JACKKNIFE_GROUPS, 3), float("nan"), device=device)
+        info[layer] = torch.full((4,), float("nan"), device=device)
+        info[layer][3].fill_(value)  # filled, not built from a list: a copy from the host waits for the device
+    alike: dict[tuple[object, ...], list[_Family]] = {}
+    for family in families:
+        first = family[0]
+        tensors = (first.activation_ND, first.inputs_NE, *(kind for one in family for kind in _gradients(one)))
+        key = (len(family), _same_path(family), *((tensor.shape, tensor.dtype) for tensor in tensors))
+        alike.setdefault(key, []).append(family)
+    with torch.no_grad():
+        for group in alike.values():
+            at_once = max(1, _MAX_STACKED // group[0][0].inputs_NE.numel()) if device.type != "cpu" else 1
+            for begin in range(0, len(group), at_once):
+                few = group[begin : begin + at_once]
+                sums = _reduce(few, num_batch_patches)
+                for index, candidate in enumerate(candidate for family in few for candidate in family):
+                    parts[candidate.layer], info[candidate.layer] = sums.parts_LG3[index], sums.info_L4[index]
+    return Sums(torch.stack([parts[layer] for layer in layers]), torch.stack([info[layer] for layer in layers]))
+
+
+def unknown_sums(num_layers: int) -> Sums:
+    """What is stored where the sums could not be made.
+
+    Returns:
+        NaN, and the status of a failed check.
+    """
+    info_L4 = torch.full((num_layers, 4), float("nan"))
+    info_L4[:, 3] = STATUS_CHECK_FAILED
+    return Sums(torch.full((num_layers, NUM_JACKKNIFE_GROUPS, 3), float("nan")), info_L4)
+
+
+def _gradients(candidate: _Candidate) -> tuple[torch.Tensor, torch.Tensor]:
+    return candidate.gradient_ND, candidate.linear_gradient_ND
+
+
+def _same_path(family: _Family) -> bool:
+    """Whether autograd handed on one and the same gradient: nothing stands between linear layer and activation.
+
+    Returns:
+        True or False.
+    """
+    return all(gradient is linear_gradient for gradient, linear_gradient in map(_gradients, family))
+
+
+def _reduce(families: Sequence[_Family], num_batch_patches: int) -> Sums:
+    candidates = [candidate for family in families for candidate in family]
+    activation_LND = _stack([candidate.activation_ND for candidate in candidates]).float()
+    h_LND = patch_matrix_entropy_gradient(activation_LND, patch=PATCH_LENGTH)
+    gradient_LND = _stack([candidate.gradient_ND for candidate in candidates])
+    if all(map(_same_path, families)):
+        square_L = gradient_LND.float().square().sum((1, 2))
+        status_L = _status((square_L > 0) & square_L.isfinite())
+    else:
+        linear_gradient_LND = _stack([candidate.linear_gradient_ND for candidate in candidates])
+        mask_LND, status_L = _identity_path(gradient_LND, linear_gradient_LND)
+        h_LND = h_LND * mask_LND
+    h_FKND = h_LND.unflatten(0, (len(families), -1))
+    inputs_F1NE = _stack([family[0].inputs_NE for family in families]).float().unsqueeze(1)
     # Weights are met one by one: stacked, those of a large model would not fit beside it.
-    weight_gradients = [candidate.weight_gradient_DE.float() for candidate in candidates]
-    projection_LNE = torch.stack([h_ND @ weight_DE for h_ND, weight_DE in zip(h_LND, weight_gradients, strict=True)])
-    parts_LG3 = projected_weight_alignment_parts(inputs_LNE, h_LND, projection_LNE, PATCH_LENGTH, NUM_JACKKNIFE_GROUPS)
+    weight_gradients = [family[0].weight_gradient_DE.float() for family in families]
+    projection_FKNE = _stack([h_KND @ weight_DE for h_KND, weight_DE in zip(h_FKND, weight_gradients, strict=True)])
+    parts_FKG3 = projected_weight_alignment_parts(
+        inputs_F1NE, h_FKND, projection_FKNE, PATCH_LENGTH, NUM_JACKKNIFE_GROUPS
+    )
     info_L4 = torch.empty(len(candidates), 4, device=activation_LND.device)
-    info_L4[:, 0] = torch.stack([weight_DE.norm() for weight_DE in weight_gradients])
+    norm_F = torch.stack([weight_DE.norm() for weight_DE in weight_gradients])
+    info_L4[:, 0] = norm_F.repeat_interleave(h_FKND.shape[1], output_size=len(candidates))
     info_L4[:, 1].fill_(activation_LND.shape[1] // PATCH_LENGTH)
     info_L4[:, 2].fill_(num_batch_patches)
     info_L4[:, 3] = status_L
-    return parts_LG3, info_L4
+    return Sums(parts_FKG3.flatten(0, 1), info_L4)
+
+
+def _stack(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    return tensors[0][None] if len(tensors) == 1 else torch.stack(list(tensors))
+
+
+def _status(passes_L: torch.Tensor) -> torch.Tensor:
+    return torch.where(passes_L, float(STATUS_VALID), float(STATUS_CHECK_FAILED))
 
 
 def _identity_path(gradient_LND: torch.Tensor, linear_gradient_LND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -162,5 +271,4 @@ def _identity_path(gradient_LND: torch.Tensor, linear_gradient_LND: torch.Tensor
     scale_L11 = (kept * inner).sum((1, 2), keepdim=True) / kept.square().sum((1, 2), keepdim=True)
     residual_L = (inner - scale_L11 * kept).norm(dim=(1, 2))
     passes_L = residual_L <= tolerance * inner.norm(dim=(1, 2))  # False for NaN
-    status_L = torch.where(passes_L, float(STATUS_VALID), float(STATUS_CHECK_FAILED))
-    return torch.where(dropped, torch.zeros_like(scale_L11), scale_L11), status_L
+    return torch.where(dropped, torch.zeros_like(scale_L11), scale_L11), _status(passes_L)

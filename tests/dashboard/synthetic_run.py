@@ -124,6 +124,9 @@ class SyntheticRun:
             "frames_dropped": 0,
             "faults": {},
             "overhead_percent": 0.42,
+            "overhead_error_percent": 0.05,
+            "overhead_samples": 60,
+            "overhead_source": "training thread's CPU time, against bypassed steps",
             "state": "running",
             "last_step_at": now - step_age_s,
         }

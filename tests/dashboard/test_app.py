@@ -73,7 +73,7 @@ def test_the_live_page(made, script):
     text = words(app)
     for part in ("Live · heartbeat", "Phase: memorize", "Regime: memorizing", "Control: auto"):
         assert part in text
-    for part in ("step 799 · 12 layers", "0.42 %", "No faults", "plateau: CE is flat"):
+    for part in ("step 799 · 12 layers", "0.42 ± 0.05 %", "No faults", "plateau: CE is flat"):
         assert part in text
     assert not app.error
     assert not app.warning

@@ -75,14 +75,6 @@ def test_options(tmp_path: Path, options: dict[str, Any], named: str) -> None:
     assert list(job.model._forward_pre_hooks) == before
 
 
-@pytest.mark.parametrize("reserved", [{"max_overhead": 0.01}])
-def test_reserved_options_say_so(tmp_path: Path, reserved: dict[str, Any]) -> None:
-    job = Job()
-    with pytest.raises(ConfigError, match="not available in this version"):
-        attach(job.model, job.optimizer, run=tmp_path / "run", **reserved)
-    assert not list(tmp_path.iterdir())
-
-
 def test_a_model_without_submodules(tmp_path: Path) -> None:
     model = nn.Linear(3, 3)
     with pytest.raises(ConfigError) as error:

@@ -429,7 +429,7 @@ def test_a_loss_that_cannot_be_read(
     def broken(*_: object) -> None:
         raise LookupError("a defect of ours")
 
-    monkeypatch.setattr("entropy_hooks.observer.read_loss", broken)
+    monkeypatch.setattr("entropy_hooks.passes.read_loss", broken)
     job = Job()
     with observe(job, run=run, every=1) as monitor:
         job.run(STEPS)

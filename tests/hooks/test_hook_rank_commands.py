@@ -76,7 +76,7 @@ def test_a_command_is_applied_at_the_same_step_on_every_rank(run: Path) -> None:
     processes = launch(TRAIN, run, 20)
     enough = 2 * 24  # both ranks are past step 20 when the first command comes
     wait_until(lambda: run.exists() and len(list(open_run(run).frames(arrays=False))) > enough, "some steps", 60)
-    for phase in ("compress", "memorize", "compress"):
+    for phase in ("memorize", "auto", "compress"):
         command(run, phase)
     for report in finish_all(processes):
         assert report["quiet"] == 0, "a note was looked for on the training thread without a command"
