@@ -1,7 +1,7 @@
 """Entering running processes: how long a target stands still, and what survives when the entering side is killed.
 
-Targets compute, allocate and wait; each must come to the result of its undisturbed twin. `--storm` kills the process that
-holds the target at random microseconds of the stop; `--cli-storm` the command line, at random moments.
+Targets compute, allocate and wait; each must come to the result of its undisturbed twin. `--storm` kills the process
+that holds the target at random microseconds of the stop; `--cli-storm` the command line, at random moments.
 Prints a table; exits 1 if a target was harmed.
 """
 

@@ -116,9 +116,9 @@ def send(route: Route, request: Request, wait_s: float, cancel: threading.Event 
     Raises:
         AttachError: the process could not be entered, or did not answer.
     """
-    process, interpreter = route.process, route.interpreter
+    process, interpreter, cancel = route.process, route.interpreter, cancel or threading.Event()
     if interpreter is None:
-        return ask_socket(process, request, wait_s + GRACE_S), route
+        return ask_socket(process, request, wait_s + GRACE_S, cancel), route
     with Mailbox(process) as mailbox:
         mapped = route.method != "remote-exec"
         code = stub(request, mailbox.path, package_paths(interpreter.minor), mapped=mapped)
@@ -131,7 +131,7 @@ def send(route: Route, request: Request, wait_s: float, cancel: threading.Event 
             case _:
                 queue_by_remote_exec(process, interpreter, mailbox.put("request.py", code))
         look = partial(wake, process, interpreter) if route.method == "ptrace" else None
-        reply = _await(mailbox, process, wait_s, cancel or threading.Event(), look)
+        reply = _await(mailbox, process, wait_s, cancel, look)
     return reply, Route(process=process, method=route.method, interpreter=interpreter, stopped_s=stopped_s)
 
 

@@ -111,6 +111,8 @@ def test_all_ranks(tmp_path: Path) -> None:
             (0, first.pid, True),
             (1, second.pid, True),
         ]
+        alone = run("attach", second.pid, "--run", tmp_path / "run", "--dry-run")
+        assert f"other ranks of its job here: {first.pid} (add --all-ranks)" in alone
         os.kill(first.pid, signal.SIGSTOP)
         wait_until(lambda: first.state == "T", "the stop")
         refused = as_json("attach", second.pid, "--run", tmp_path / "run", "--all-ranks", code=1)
