@@ -136,9 +136,9 @@ def send(route: Route, request: Request, wait_s: float, cancel: threading.Event 
 
 
 def _await(
-    mailbox: Mailbox, process: Process, wait_s: float, cancel: threading.Event, wake: Callable[[], None] | None
+    mailbox: Mailbox, process: Process, wait_s: float, cancel: threading.Event, wake: Callable[[float], None] | None
 ) -> Reply:
-    now = time.monotonic()
+    started = now = time.monotonic()
     deadline, look, pause = now + wait_s + GRACE_S, now + _LOOK_S, _LOOK_S
     while (reply := mailbox.reply()) is None:
         now = time.monotonic()
@@ -146,7 +146,7 @@ def _await(
             pause *= 2
             look = now + min(pause, _LOOK_AT_MOST_S)
             if wake is not None:
-                wake()
+                wake(now - started)
             if read_process(process.pid).state in ZOMBIE:
                 raise NoSuchProcessError(
                     f"expected an answer of process {process.pid}; found that it has ended: see its own output"

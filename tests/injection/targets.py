@@ -79,7 +79,13 @@ class Target:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env={**os.environ, "PYTHONPATH": str(package.parent), "OPENBLAS_NUM_THREADS": "2", **environ},
+            env={
+                **os.environ,
+                "TMPDIR": str(directory),
+                "PYTHONPATH": str(package.parent),
+                "OPENBLAS_NUM_THREADS": "2",
+                **environ,
+            },
         )
         self.pid = self.process.pid
         assert self.process.stdout is not None
