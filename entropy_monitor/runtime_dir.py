@@ -5,7 +5,12 @@ from __future__ import annotations
 import os
 import stat
 import tempfile
-from pathlib import Path
+from typing import TYPE_CHECKING
+
+from entropy_monitor.injection.protocol import socket_directory
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 def runtime_dir() -> Path:
@@ -18,7 +23,7 @@ def runtime_dir() -> Path:
         PermissionError: somebody else's directory, file or link stands there.
         OSError: it cannot be made.
     """
-    path = Path(os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()) / f"entropy-monitor-{os.getuid()}"
+    path = socket_directory(os.environ, os.getuid(), tempfile.gettempdir())
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     found = path.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():

@@ -109,6 +109,15 @@ class Target:
         files = len(list(Path(f"/proc/{self.pid}/fd").iterdir()))
         return files, threads, self.mappings()
 
+    def settled(self) -> tuple[int, int, int]:
+        """`resources`, once the thread of the last request has ended: the same at ten looks in a row."""
+        deadline, looks = time.monotonic() + DEADLINE_S, [self.resources()]
+        while len(looks) < 10 or len(set(looks[-10:])) > 1:
+            assert time.monotonic() < deadline, f"files, threads and mappings keep changing: {looks[-10:]}"
+            time.sleep(0.02)
+            looks.append(self.resources())
+        return looks[-1]
+
     def mappings(self) -> int:
         """Anonymous mappings of up to 64 KiB: what the injected code comes in."""
         small = 0

@@ -50,10 +50,9 @@ def enter(target: Target, times: int) -> list[float]:
 def test_a_target_goes_on_as_if_nothing_had_been(tmp_path: Path, mode: str) -> None:
     with Target(tmp_path, mode) as target:
         enter(target, 1)  # imports ctypes, threading and the hooks
-        before = target.resources()
+        before = target.settled()
         stopped = sorted(enter(target, INJECTIONS[mode]))
-        time.sleep(0.1)  # the last request's thread may still be ending
-        files, threads, mappings = target.resources()
+        files, threads, mappings = target.settled()
         result = target.finish()
     assert result.chains or result.waits > INJECTIONS[mode]
     assert (files, threads) == before[:2]
@@ -66,10 +65,9 @@ def test_a_target_goes_on_as_if_nothing_had_been(tmp_path: Path, mode: str) -> N
 def test_newer_pythons(tmp_path: Path, version: str, mode: str) -> None:
     with Target(tmp_path, mode, need_python(version)) as target:
         enter(target, 1)
-        before = target.resources()
+        before = target.settled()
         enter(target, {"compute": 10, "threads": 2, "poll": 30}[mode])
-        time.sleep(0.1)
-        files, threads, mappings = target.resources()
+        files, threads, mappings = target.settled()
         target.finish()
     assert (files, threads) == before[:2]
     assert mappings <= before[2] + 2
