@@ -31,7 +31,7 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Ended
     directory = tmp_path_factory.mktemp("launched")
     (directory / "sitecustomize.py").write_text("MARK = 'the user\\'s own'\n")
     run = directory / "run"
-    return run, [launch(run, *SCRIPT, paths=(directory,)), launch(run, *MODULE)]
+    return run, [launch(run, *SCRIPT, paths=(directory,)), launch(run, *MODULE, options=("--steer",))]
 
 
 def test_training_is_as_without_us(plain: Ended, launched: tuple[Path, list[Ended]]) -> None:
@@ -46,6 +46,7 @@ def test_a_second_start_is_a_second_attempt_and_all_frames_are_there(launched: t
     assert steps(run) == [(attempt, step) for attempt in (1, 2) for step in (2, 4, 6, 8, 10)]
     opened = open_run(run)
     assert [attempt["options"]["start_step"] for attempt in opened.attempts()] == [2, 2]
+    assert [attempt["options"]["steer"] for attempt in opened.attempts()] == [False, True]
     assert opened.scalars(attempt=2)["loss"].notnull().all()
     frame = next(opened.frames())
     assert frame.groups[0][0] == ("blocks.0", "blocks.1", "blocks.2")
