@@ -9,6 +9,7 @@ from entropy_monitor.estimators import (
     gradient_alignment_from_parts,
     patch_matrix_entropy,
     patch_matrix_entropy_gradient,
+    projected_weight_alignment_parts,
     weight_alignment_parts,
 )
 
@@ -206,3 +207,12 @@ def test_parts_read_nothing_back_from_the_device():
     with FakeTensorMode():
         parts = weight_alignment_parts(torch.ones(2, 43, 3), torch.ones(2, 43, 4), torch.ones(2, 4, 3))
         assert parts.shape == (2, 16, 3)
+
+
+def test_inputs_shared_by_several_layers_are_given_once():
+    x, h, projection = draw(2, 1, 40, 4), draw(2, 3, 40, 5, seed=1), draw(2, 3, 40, 4, seed=2)
+    found = projected_weight_alignment_parts(x, h, projection)
+    apart = projected_weight_alignment_parts(x.expand_as(projection), h, projection)
+    assert torch.allclose(found, apart, atol=1e-12)
+    with pytest.raises(ValueError, match="give them for the same tokens"):
+        projected_weight_alignment_parts(draw(2, 2, 40, 4), h, projection)
