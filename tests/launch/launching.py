@@ -58,9 +58,9 @@ def launcher(run: Path, *options: object) -> list[object]:
     return [sys.executable, "-m", "entropy_monitor", "run", "--run", run, *options, "--"]
 
 
-def launch(run: Path, *command: object, every: int = 2, **more: Any) -> Ended:
+def launch(run: Path, *command: object, every: int = 2, options: tuple[str, ...] = (), **more: Any) -> Ended:
     """Run a command under the launcher to its end."""
-    return end(start(*launcher(run, "--every", every, "-v"), *command, **more))
+    return end(start(*launcher(run, "--every", every, "-v", *options), *command, **more))
 
 
 def steps(run: Path, rank: int = 0) -> list[tuple[int, int]]:

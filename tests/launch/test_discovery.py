@@ -76,6 +76,20 @@ def test_a_model_and_its_optimizer(watched: Watched) -> None:
     assert len(watched.seen) == len(watched.installed) == 1
 
 
+def test_steps_that_a_grad_scaler_skips_are_no_steps(watched: Watched) -> None:
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for count in range(4):
+        assert watched.installed == []
+        optimizer.zero_grad()
+        scaler.scale(loss_of(model, batch()) * (float("inf") if count < 2 else 1.0)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    assert watched.found.model is model
+    assert watched.installed == [2]
+
+
 def test_several_optimizers_of_one_model_in_their_order(watched: Watched) -> None:
     model = Net()
     parts = [model.head.parameters(), [*model.blocks.parameters(), *model.embedding.parameters()]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 import sys
 from typing import TYPE_CHECKING
 
@@ -9,7 +10,7 @@ import pytest
 
 from entropy_monitor.store import open_run, read_status
 
-from .launching import Ended, end, launch, launcher, start, steps
+from .launching import JOBS, Ended, end, launch, launcher, start, steps
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -30,7 +31,7 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Ended
     directory = tmp_path_factory.mktemp("launched")
     (directory / "sitecustomize.py").write_text("MARK = 'the user\\'s own'\n")
     run = directory / "run"
-    return run, [launch(run, *SCRIPT, paths=(directory,)), launch(run, *MODULE)]
+    return run, [launch(run, *SCRIPT, paths=(directory,)), launch(run, *MODULE, options=("--steer",))]
 
 
 def test_training_is_as_without_us(plain: Ended, launched: tuple[Path, list[Ended]]) -> None:
@@ -45,6 +46,7 @@ def test_a_second_start_is_a_second_attempt_and_all_frames_are_there(launched: t
     assert steps(run) == [(attempt, step) for attempt in (1, 2) for step in (2, 4, 6, 8, 10)]
     opened = open_run(run)
     assert [attempt["options"]["start_step"] for attempt in opened.attempts()] == [2, 2]
+    assert [attempt["options"]["steer"] for attempt in opened.attempts()] == [False, True]
     assert opened.scalars(attempt=2)["loss"].notnull().all()
     frame = next(opened.frames())
     assert frame.groups[0][0] == ("blocks.0", "blocks.1", "blocks.2")
@@ -84,9 +86,9 @@ def test_nothing_of_the_launch_is_left(launched: tuple[Path, list[Ended]], runti
 
 
 def test_of_two_models_the_larger_one_is_observed(run: Path) -> None:
-    alone, beside = end(start(sys.executable, "gan.py")), launch(run, sys.executable, "gan.py")
+    alone, beside = runpy.run_path(str(JOBS / "gan.py")), launch(run, sys.executable, "gan.py")
     assert beside.code == 0, beside.err
-    assert beside.report["losses"] == alone.report["losses"]
+    assert beside.report["losses"] == alone["losses"]
     assert "observing Net with RMSprop; not observed: Sequential, Adam" in beside.err
     (attempt,) = open_run(run).attempts()
     assert attempt["model"] == "Net"

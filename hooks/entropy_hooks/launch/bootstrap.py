@@ -110,7 +110,7 @@ class _StepHook:
             self._fetched = True
             _guarded(self._fetch)
         if self._launched is not None:
-            self._launched.after_step(*arguments)
+            _guarded(functools.partial(self._launched.after_step, *arguments))
 
     def _fetch(self) -> None:
         note("step")

@@ -69,8 +69,6 @@ class Launched:
             note("failed", message=monitor.why_disabled)  # which has been logged
             return
         at_process_end(functools.partial(monitor.close, EXIT_TIMEOUT_S))
-        listen()
-        _allow_tracers()
         note("observed", by="the launcher", run=monitor.run_url, attempt=monitor.stats().attempt, step=step)
         logger.info("observing %s in %s from step %d", found, monitor.run_url, step)
 
@@ -81,9 +79,11 @@ class Launched:
         note("failed", message=message)
 
     def _end(self) -> None:
-        """Not in the hook that runs: torch is iterating over it."""
+        """Whatever came of it, the process trains: it can be entered from now on."""
         self._search.give_up()
-        AtNextBackward(self._remove_hooks)
+        AtNextBackward(self._remove_hooks)  # not in the hook that runs: torch is iterating over it
+        listen()
+        _allow_tracers()
 
     def _remove_hooks(self) -> None:
         self._search.remove()

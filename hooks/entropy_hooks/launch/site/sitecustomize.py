@@ -3,6 +3,8 @@
 It starts the bootstrap, takes its folder off ``sys.path``, and then is the `sitecustomize` it shadows, or none.
 """
 
+from __future__ import annotations  # older Pythons come by here, too
+
 import importlib.machinery
 import importlib.util
 import sys
