@@ -127,9 +127,10 @@ def _attach(request: Mapping[str, Any]) -> Answer:
     if not monitor.enabled:
         raise RefusedError(monitor.why_disabled)
     logger.info("observing %s", found)
+    counted = "" if start_step is not None else "; steps are counted from now: its optimizer keeps no count"
     return {
         "ok": True,
-        "message": f"observing {found}: {_describe([monitor])}",
+        "message": f"observing {found} in {monitor.run_url}, attempt {monitor.stats().attempt}{counted}",
         "step_from": "optimizer" if start_step is not None else "unknown",
         **_facts(monitor),
     }

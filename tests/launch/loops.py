@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from net import Net, batch, loss_of
 from torch.nn.modules import module as global_module_hooks
 from torch.optim import optimizer as global_optimizer_hooks
-
-sys.path.insert(0, str(Path(__file__).parent / "jobs"))
-from net import Net, batch, loss_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -55,14 +55,12 @@ def test_ranks_share_one_attempt(run: Path, tmp_path: Path, plain: list[list[flo
     assert not run.with_name("run-2").exists()
 
 
-@pytest.mark.parametrize("how", ["os.fork", "fork", "spawn"])
-def test_independent_children_have_a_run_each(run: Path, how: str) -> None:
-    ended = launch(run, sys.executable, "lone_children.py", how)
+def test_independent_children_have_a_run_each(run: Path) -> None:
+    ended = launch(run, sys.executable, "lone_children.py")
     assert ended.code == 0, ended.err
     assert len(ended.reports) == 2
     for place in (run, run.with_name("run-2")):
         (attempt,) = open_run(place).attempts()
         assert attempt["world_size"] == 1
-        # A child of os.fork that leaves by os._exit writes no more; these end by sys.exit or as multiprocessing does.
         assert steps(place) == [(1, 2), (1, 4)], ended.err
     assert not run.with_name("run-3").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 import sys
 from typing import TYPE_CHECKING
 
@@ -9,7 +10,7 @@ import pytest
 
 from entropy_monitor.store import open_run, read_status
 
-from .launching import Ended, end, launch, launcher, start, steps
+from .launching import JOBS, Ended, end, launch, launcher, start, steps
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -84,9 +85,9 @@ def test_nothing_of_the_launch_is_left(launched: tuple[Path, list[Ended]], runti
 
 
 def test_of_two_models_the_larger_one_is_observed(run: Path) -> None:
-    alone, beside = end(start(sys.executable, "gan.py")), launch(run, sys.executable, "gan.py")
+    alone, beside = runpy.run_path(str(JOBS / "gan.py")), launch(run, sys.executable, "gan.py")
     assert beside.code == 0, beside.err
-    assert beside.report["losses"] == alone.report["losses"]
+    assert beside.report["losses"] == alone["losses"]
     assert "observing Net with RMSprop; not observed: Sequential, Adam" in beside.err
     (attempt,) = open_run(run).attempts()
     assert attempt["model"] == "Net"

@@ -40,6 +40,7 @@ def ours() -> set[str]:
 
 def test_attach_then_detach_leaves_everything_as_it_was(run: Path) -> None:
     with Loop() as loop:
+        loop.pause_s = 0.02  # so that no disk is too slow for a frame every 2 steps
         before, descriptors = hook_dictionaries(loop.model, loop.optimizer), num_descriptors()
         attached = submit("attach", run=str(run), options={"every": 2}, wait_s=20)
         assert attached["ok"], attached

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-torch.set_num_threads(1)
 WIDTH, VOCABULARY, TOKENS = 16, 64, 16
 
 
