@@ -44,6 +44,21 @@ def _number(variable: str, default: int) -> int:
     return int(value)
 
 
+def num_collectives() -> int | None:
+    """How many collectives the job has begun in its default group: alike on all ranks wherever they are in step.
+
+    Returns:
+        The count, which is asked of nobody else; None outside `torch.distributed`, or where the backend keeps none.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return None
+    group: Any = dist.distributed_c10d._get_default_group()  # pyright: ignore[reportPrivateUsage]
+    try:
+        return int(group._get_sequence_number_for_group())
+    except RuntimeError:
+        return None
+
+
 def launch_id() -> str | None:
     """What all ranks of one launch share, when `torch.distributed` is not initialised.
 

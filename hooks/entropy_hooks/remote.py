@@ -127,7 +127,7 @@ def _attach(request: Mapping[str, Any]) -> Answer:
     if not monitor.enabled:
         raise RefusedError(monitor.why_disabled)
     logger.info("observing %s", found)
-    counted = "" if start_step is not None else "; steps are counted from now: its optimizer keeps no count"
+    counted = "" if start_step is not None else "; its optimizer keeps no count: step numbers are not the job's own"
     return {
         "ok": True,
         "message": f"observing {found} in {monitor.run_url}, attempt {monitor.stats().attempt}{counted}",
@@ -175,7 +175,11 @@ class _Approach:
         """
 
         def install(num_steps: int) -> None:
-            step = start_step + num_steps if start_step is not None else prepared.options.start_step
+            step = prepared.options.start_step
+            if start_step is not None:
+                step = start_step + num_steps
+            elif (common := self._search.common_step(found.last.optimizer)) is not None:
+                step = common
             self._events.put(prepared.install(step))
 
         self._search.install_after(found.last.optimizer, install)

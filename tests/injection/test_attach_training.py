@@ -35,7 +35,7 @@ torch.set_num_threads(1)
 torch.manual_seed(0)
 dist.init_process_group("gloo")
 model = DistributedDataParallel(Net())
-optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+optimizer = getattr(torch.optim, sys.argv[3])(model.parameters(), lr=1e-3)
 print("training", flush=True)
 stop, go_on = Path(sys.argv[1]), torch.ones(())
 while go_on:
@@ -43,6 +43,7 @@ while go_on:
     F.cross_entropy(model(tokens).flatten(0, 1), tokens.roll(-1, 1).flatten()).backward()
     optimizer.step()
     optimizer.zero_grad()
+    optimizer.param_groups[0]["lr"] *= 0.999  # tells each step from all others
     go_on = torch.tensor(float(not stop.exists()))
     dist.all_reduce(go_on, dist.ReduceOp.MIN)
 dist.destroy_process_group()
@@ -108,12 +109,13 @@ def test_the_commands(tmp_path: Path) -> None:
     assert missing == ""
 
 
-def test_all_ranks_of_a_job(tmp_path: Path) -> None:
+@pytest.mark.parametrize("optimizer", ["AdamW", "SGD"], ids=["its steps are counted", "no count"])
+def test_all_ranks_of_a_job(tmp_path: Path, optimizer: str) -> None:
     run, stop = tmp_path / "run", tmp_path / "stop"
     script = tmp_path / "ddp.py"
     script.write_text(DDP_JOB)
     variables = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    command = [sys.executable, str(script), str(stop), str(JOB.parent)]
+    command = [sys.executable, str(script), str(stop), str(JOB.parent), optimizer]
     jobs = [subprocess.Popen(command, env={**variables, "RANK": str(rank)}, stdout=subprocess.PIPE) for rank in (0, 1)]
     try:
         for job in jobs:
@@ -130,9 +132,12 @@ def test_all_ranks_of_a_job(tmp_path: Path) -> None:
             job.communicate()
     (attempt,) = open_run(run).attempts()
     assert attempt["world_size"] == 2
-    steps = [{frame.step for frame in open_run(run).frames(arrays=False) if frame.rank == rank} for rank in (0, 1)]
-    assert len(steps[0] & steps[1]) >= 4
-    assert all(step % 3 == 0 for step in steps[0] | steps[1])
+    frames = list(open_run(run).frames(arrays=False))
+    rates = [{frame.step: frame.scalars["lr"] for frame in frames if frame.rank == rank} for rank in (0, 1)]
+    both = rates[0].keys() & rates[1].keys()
+    assert len(both) >= 4
+    assert all(rates[0][step] == rates[1][step] for step in both), "ranks give one step two numbers"
+    assert all(frame.step % 3 == 0 for frame in frames)
     assert read_status(open_run(run)).state == "ended"
 
 

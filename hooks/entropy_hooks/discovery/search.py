@@ -11,6 +11,7 @@ from entropy_hooks.discovery.calls import RootCalls, anything_compiled
 from entropy_hooks.discovery.choice import waits_for_optimizer
 from entropy_hooks.discovery.own_count import OwnCount
 from entropy_hooks.discovery.seen import Seen, Stepped
+from entropy_hooks.ranks import num_collectives
 from entropy_hooks.untraced import untraced
 
 if TYPE_CHECKING:
@@ -36,6 +37,8 @@ class Search:
         self._thread: int | None = None
         self._counts: dict[int, tuple[Optimizer, int]] = {}
         self._calls: RootCalls | None = None
+        self._collectives: dict[int, tuple[int | None, int | None]] = {}
+        """The job's count of collectives behind the newest two steps of each optimizer."""
         self._install: tuple[Optimizer, Callable[[int], None]] | None = None
         self._over = False
         """Nothing more will be seen or installed."""
@@ -56,6 +59,20 @@ class Search:
     def give_up(self) -> None:
         """From now on the hooks do nothing; from any thread."""
         self._over = True
+
+    def common_step(self, optimizer: Optimizer) -> int | None:
+        """A step number that all ranks of a job give to this boundary, without asking one another.
+
+        Ranks that train together begin the same collectives in each iteration: their count, divided by those of one
+        iteration, grows by one a step. It is not the number of steps that the job has made.
+
+        Returns:
+            The number; None where there are no collectives to count by.
+        """
+        before, now = self._collectives.get(id(optimizer), (None, None))
+        if before is None or now is None or now <= before:
+            return None
+        return now // (now - before)
 
     def remove(self) -> None:
         """Remove every hook; never from within an optimizer's step: torch iterates these dictionaries lazily there."""
@@ -91,6 +108,7 @@ class Search:
             self._calls.end_iteration()
             if self._on_seen is not _done and num_steps > 1:
                 self._look(self._calls)
+        self._collectives[id(optimizer)] = (self._collectives.get(id(optimizer), (None, None))[1], num_collectives())
         if self._install is not None and self._install[0] is optimizer:
             self._over = True
             self._install[1](num_steps)
