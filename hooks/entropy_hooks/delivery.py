@@ -57,18 +57,22 @@ class Delivery:
 
     # ---- the pulse thread --------------------------------------------------------------------------------------------
 
+    @property
+    def shared(self) -> bool:
+        """The job's ranks apply a command at one step; else each answers for itself."""
+        self._notes = self._notes or self._open_notes()
+        return self._notes is not None
+
     def offer(self, number: int, command: Command) -> None:
         """A command has been judged and may be applied."""
-        self._notes = self._notes or self._open_notes()
-        notes = self._notes
+        notes = self._notes if self.shared else None
         if notes is not None:
             notes.write(f"{number}/seen/{notes.rank}", {})
         self._pending.append(Pending(number, command, time.monotonic(), seen_by_all=notes is None))
 
     def refuse(self, number: int, detail: str) -> None:
         """This rank cannot apply a command: then no rank may."""
-        self._notes = self._notes or self._open_notes()
-        if self._notes is not None:
+        if self.shared and self._notes is not None:
             self._notes.write(f"{number}/seen/{self._notes.rank}", {"refused": detail})
 
     def look_around(self, step: int) -> None:

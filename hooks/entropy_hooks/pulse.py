@@ -186,6 +186,8 @@ class Pulse:
         Returns:
             The answer of this rank, then.
         """
+        if not self.delivery.shared:
+            return None
         for rank in range(self._world_size):
             if rank != self._rank and (ack := read_acknowledgement(self._objects, number, rank)) is not None:
                 if ack.status != "applied":
