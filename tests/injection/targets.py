@@ -103,11 +103,11 @@ class Target:
     def state(self) -> str:
         return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0]
 
-    def resources(self) -> tuple[int, int, int]:
-        """Open files, threads, and small anonymous mappings."""
-        threads = len(list(Path(f"/proc/{self.pid}/task").iterdir()))
-        files = len(list(Path(f"/proc/{self.pid}/fd").iterdir()))
-        return files, threads, self.mappings()
+    def files(self) -> int:
+        return len(list(Path(f"/proc/{self.pid}/fd").iterdir()))
+
+    def threads(self) -> int:
+        return len(list(Path(f"/proc/{self.pid}/task").iterdir()))
 
     def mappings(self) -> int:
         """Anonymous mappings of up to 64 KiB: what the injected code comes in."""
