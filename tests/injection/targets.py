@@ -103,20 +103,11 @@ class Target:
     def state(self) -> str:
         return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0]
 
-    def resources(self) -> tuple[int, int, int]:
-        """Open files, threads, and small anonymous mappings."""
-        threads = len(list(Path(f"/proc/{self.pid}/task").iterdir()))
-        files = len(list(Path(f"/proc/{self.pid}/fd").iterdir()))
-        return files, threads, self.mappings()
+    def files(self) -> int:
+        return len(list(Path(f"/proc/{self.pid}/fd").iterdir()))
 
-    def settled(self) -> tuple[int, int, int]:
-        """`resources`, once the thread of the last request has ended: the same at ten looks in a row."""
-        deadline, looks = time.monotonic() + DEADLINE_S, [self.resources()]
-        while len(looks) < 10 or len(set(looks[-10:])) > 1:
-            assert time.monotonic() < deadline, f"files, threads and mappings keep changing: {looks[-10:]}"
-            time.sleep(0.02)
-            looks.append(self.resources())
-        return looks[-1]
+    def threads(self) -> int:
+        return len(list(Path(f"/proc/{self.pid}/task").iterdir()))
 
     def mappings(self) -> int:
         """Anonymous mappings of up to 64 KiB: what the injected code comes in."""

