@@ -1,7 +1,7 @@
 """Entering running processes: how long a target stands still, and what survives when the entering side is killed.
 
-Targets compute, allocate, wait and run threads; each must come to the result of its undisturbed twin. `--storm` kills the
-process that holds the target at random microseconds of the stop; `--cli-storm` the command line, at random moments.
+Targets compute, allocate and wait; each must come to the result of its undisturbed twin. `--storm` kills the process
+that holds the target at random microseconds of the stop; `--cli-storm` the command line, at random moments.
 Prints a table; exits 1 if a target was harmed.
 """
 
@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,7 +49,7 @@ def stop_times(directory: Path, injections: int) -> int:
         if python is None:
             print(f"{version:>7} not on this machine")
             continue
-        for mode in ("compute", "memory", "nanosleep", "read", *(["numpy"] if python == sys.executable else [])):
+        for mode in ("memory", "nanosleep", *(["numpy"] if python == sys.executable else [])):
             stopped, answered = [], []
             with Target(directory, mode, python) as target:
                 for _ in range(injections):
@@ -113,8 +114,8 @@ def command_storm(directory: Path, deaths: int, luck: random.Random) -> int:
 def is_harmed(target: object, allowed: tuple[str, ...] = ()) -> bool:
     try:
         target.finish(allowed)  # type: ignore[attr-defined]
-    except AssertionError as error:
-        print(f"HARMED: {error}")
+    except AssertionError:
+        traceback.print_exc(file=sys.stdout)
         return True
     return False
 

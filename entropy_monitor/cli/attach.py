@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -13,10 +15,10 @@ import typer
 
 from entropy_monitor.errors import AttachError, ConfigError, NoSuchProcessError
 from entropy_monitor.injection.ranks import Rank, find_ranks
-from entropy_monitor.injection.send import METHODS, Method, choose_route, send
+from entropy_monitor.injection.send import METHODS, Method, choose_route, describe_python, send
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Generator, Sequence
 
     from entropy_monitor.injection.protocol import Reply, Request
     from entropy_monitor.injection.send import Route
@@ -102,13 +104,17 @@ def _carry_out(
     pid: int, request: Request, *, all_ranks: bool, method: Method, dry_run: bool, as_json: bool, wait_s: float
 ) -> None:
     ranks = find_ranks(pid) if all_ranks else [Rank(pid, None)]
+    others = [] if all_ranks or not dry_run else [rank for rank in find_ranks(pid) if rank.pid != pid]
     answers = [_plan(rank, method) for rank in ranks] if dry_run else _ask_all(ranks, request, method, wait_s)
     if as_json:
         ok = all(answer.ok for answer in answers)
-        typer.echo(json.dumps({"ok": ok, "dry_run": dry_run, "ranks": [answer.as_dict() for answer in answers]}))
+        found = {"ranks": [answer.as_dict() for answer in answers], "other_ranks": [rank.pid for rank in others]}
+        typer.echo(json.dumps({"ok": ok, "dry_run": dry_run, **found}))
     else:
         for answer in answers:
             _say(answer, alone=len(answers) == 1)
+        if others:
+            typer.echo(f"other ranks of its job here: {', '.join(str(rank.pid) for rank in others)} (add --all-ranks)")
     if not all(answer.ok for answer in answers):
         gone = all(isinstance(answer.error, NoSuchProcessError) for answer in answers)
         raise typer.Exit(_EXIT_NO_PROCESS if gone else 1)
@@ -147,12 +153,23 @@ def _ask_all(ranks: Sequence[Rank], request: Request, method: Method, wait_s: fl
     planned = [_plan(rank, method) for rank in ranks]
     if not all(answer.ok for answer in planned):
         return [answer if not answer.ok else _left_out(answer) for answer in planned]
-    with ThreadPoolExecutor(len(planned)) as pool:
+    with ThreadPoolExecutor(len(planned)) as pool, _ended_like_ctrl_c():
         waiting = [pool.submit(ask, answer) for answer in planned]
         try:
             return [one.result() for one in waiting]
         finally:
             cancel.set()
+
+
+@contextmanager
+def _ended_like_ctrl_c() -> Generator[None]:
+    """SIGTERM and SIGHUP as well let us clean up behind us."""
+    before = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _left_out(answer: _Answer) -> _Answer:
@@ -165,8 +182,8 @@ def _left_out(answer: _Answer) -> _Answer:
 def _intention(route: Route | None) -> str:
     if route is None:
         return "nothing"
-    python = f", Python {_version(route)}" if route.interpreter else ""
-    return f"would enter by {route.method}{python}, uid {route.process.uid}, with sufficient rights"
+    python = f"Python {_version(route)}" if route.interpreter else describe_python(route.process.pid)
+    return f"would enter by {route.method}, {python}, uid {route.process.uid}, with sufficient rights"
 
 
 def _version(route: Route) -> str | None:

@@ -107,15 +107,20 @@ class Borrowed:
             self.tracee.detach()
             raise BorrowError(failure)
 
-    def wake(self) -> None:
+    def wake(self) -> bool:
         """Interrupt the thread's wait for a lock, as a signal would.
 
         CPython then looks for queued calls before it waits again, and so does everybody else who waits in a futex:
         they all look whether what they wait for has come. Other waits are left alone.
+
+        Returns:
+            Whether it waited for a lock.
         """
         found = self.tracee.registers()
-        if found.orig_rax == FUTEX:
-            self.tracee.set_registers(interrupted(found))
+        if found.orig_rax != FUTEX:
+            return False
+        self.tracee.set_registers(interrupted(found))
+        return True
 
     def _run(self, frame: Frame) -> str:
         """Let the function run until it returns, or say why it did not; the registers may then be put back."""

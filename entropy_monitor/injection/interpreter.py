@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from entropy_monitor.injection.elf import Read
 
-_PYTHON = ("Py_AddPendingCall", "PyRun_SimpleString")
+_PYTHON = ("Py_AddPendingCall", "PyRun_SimpleString", "PyErr_CheckSignals")
 _OLDEST, _NEWEST = (3, 11), (3, 14)
 _LIBC = re.compile(r"^(libc\.so|libc-\d|ld-musl-|libc\.musl-)")
 _NAMED_VERSION = re.compile(r"python(\d)\.(\d+)")
@@ -34,6 +34,8 @@ class Interpreter:
     """The program or library that holds it."""
     add_pending_call: int
     run_simple_string: int
+    check_signals: int
+    """``PyErr_CheckSignals``, which does nothing that the interpreter does not do all the time."""
     mmap: int | None
     """The C library's ``mmap``, where it was found."""
     sigreturn: int | None
@@ -123,6 +125,7 @@ def _read(pid: int, read: Read) -> Interpreter:
             module=module.path,
             add_pending_call=found["Py_AddPendingCall"],
             run_simple_string=found["PyRun_SimpleString"],
+            check_signals=found["PyErr_CheckSignals"],
             mmap=_first_symbol(read, [*libc, module], "mmap"),
             sigreturn=find_sigreturn(read, [*libc, module]) if os.uname().machine == "x86_64" else None,
         )

@@ -18,7 +18,8 @@ class Plan:
     run_simple_string: int
     sigreturn: int
     code: str
-    """Empty: queue nothing, only wake the main thread out of a wait for a lock, so that it looks for queued calls."""
+    """Empty: queue nothing, only have the main thread look again for queued calls."""
+    check_signals: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 _RUNNER = "import sys; sys.path.insert(0, sys.argv[1]); from entropy_monitor.injection.shield import main; main()"
 _LIMIT_S = 60.0
+_LOST_AFTER_S = 1.5
 
 
 def ptrace_unfit(process: Process, interpreter: Interpreter) -> str | None:
@@ -63,14 +64,18 @@ def queue_by_ptrace(process: Process, interpreter: Interpreter, code: str) -> Ou
     return outcome
 
 
-def wake(process: Process, interpreter: Interpreter) -> None:
-    """If the main thread of a process waits for a lock, have it look whether a call is queued, and then wait on.
+def wake(process: Process, interpreter: Interpreter, waited_s: float) -> None:
+    """Have the main thread of a process look once more whether a call is queued.
+
+    If it waits for a lock, it is woken for that. If it does not, and a long time has gone by, the note that a call is
+    queued may have been lost: up to CPython 3.12 it is not written in one step, and we may have been in the middle.
 
     Args:
         process: the process.
         interpreter: its CPython.
+        waited_s: how long the queued call has not been made.
     """
-    if blocking_call(process.pid) == FUTEX:
+    if blocking_call(process.pid) == FUTEX or waited_s > _LOST_AFTER_S:
         _inject(_plan(process, interpreter, ""))  # a refusal changes nothing: the call stays queued
 
 
@@ -82,6 +87,7 @@ def _plan(process: Process, interpreter: Interpreter, code: str) -> Plan:
         run_simple_string=interpreter.run_simple_string,
         sigreturn=interpreter.sigreturn or 0,
         code=code,
+        check_signals=interpreter.check_signals,
     )
 
 

@@ -116,9 +116,9 @@ def send(route: Route, request: Request, wait_s: float, cancel: threading.Event 
     Raises:
         AttachError: the process could not be entered, or did not answer.
     """
-    process, interpreter = route.process, route.interpreter
+    process, interpreter, cancel = route.process, route.interpreter, cancel or threading.Event()
     if interpreter is None:
-        return ask_socket(process, request, wait_s + GRACE_S), route
+        return ask_socket(process, request, wait_s + GRACE_S, cancel), route
     with Mailbox(process) as mailbox:
         mapped = route.method != "remote-exec"
         code = stub(request, mailbox.path, package_paths(interpreter.minor), mapped=mapped)
@@ -131,14 +131,14 @@ def send(route: Route, request: Request, wait_s: float, cancel: threading.Event 
             case _:
                 queue_by_remote_exec(process, interpreter, mailbox.put("request.py", code))
         look = partial(wake, process, interpreter) if route.method == "ptrace" else None
-        reply = _await(mailbox, process, wait_s, cancel or threading.Event(), look)
+        reply = _await(mailbox, process, wait_s, cancel, look)
     return reply, Route(process=process, method=route.method, interpreter=interpreter, stopped_s=stopped_s)
 
 
 def _await(
-    mailbox: Mailbox, process: Process, wait_s: float, cancel: threading.Event, wake: Callable[[], None] | None
+    mailbox: Mailbox, process: Process, wait_s: float, cancel: threading.Event, wake: Callable[[float], None] | None
 ) -> Reply:
-    now = time.monotonic()
+    started = now = time.monotonic()
     deadline, look, pause = now + wait_s + GRACE_S, now + _LOOK_S, _LOOK_S
     while (reply := mailbox.reply()) is None:
         now = time.monotonic()
@@ -146,7 +146,7 @@ def _await(
             pause *= 2
             look = now + min(pause, _LOOK_AT_MOST_S)
             if wake is not None:
-                wake()
+                wake(now - started)
             if read_process(process.pid).state in ZOMBIE:
                 raise NoSuchProcessError(
                     f"expected an answer of process {process.pid}; found that it has ended: see its own output"

@@ -61,8 +61,8 @@ def _attempt(plan: Plan, layout: Layout) -> Outcome:
             borrowed.begin()
             if plan.code:
                 _queue(plan, borrowed)
-            else:
-                borrowed.wake()
+            elif not borrowed.wake():
+                borrowed.call(plan.add_pending_call, plan.check_signals, 0)
             borrowed.end()
             stopped_s = time.perf_counter() - started
     except BorrowError as error:

@@ -6,6 +6,7 @@ import contextlib
 import os
 import socket
 import struct
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,12 +15,14 @@ from entropy_monitor.injection.process import read_environ, temporary_directorie
 from entropy_monitor.injection.protocol import MAX_LINE_BYTES, decode_reply, encode, socket_path
 
 if TYPE_CHECKING:
+    import threading
     from collections.abc import Generator
 
     from entropy_monitor.injection.process import Process
     from entropy_monitor.injection.protocol import Reply, Request
 
 _CONNECT_S = 5.0
+_POLL_S = 0.1
 
 
 def find_socket(process: Process) -> Path | None:
@@ -44,13 +47,14 @@ def find_socket(process: Process) -> Path | None:
     return None
 
 
-def ask_socket(process: Process, request: Request, wait_s: float) -> Reply:
+def ask_socket(process: Process, request: Request, wait_s: float, cancel: threading.Event) -> Reply:
     """Send a request and wait for the answer.
 
     Args:
         process: the process that is to answer.
         request: what is asked.
         wait_s: how long to wait.
+        cancel: set it to give up early.
 
     Returns:
         The answer.
@@ -70,8 +74,7 @@ def ask_socket(process: Process, request: Request, wait_s: float) -> Reply:
             connection.connect(short)
             _check_peer(connection, process)
             connection.sendall(encode({**request}))
-            connection.settimeout(wait_s)
-            return decode_reply(_line(connection))
+            return decode_reply(_line(connection, time.monotonic() + wait_s, cancel))
         except TimeoutError:
             raise AttachError(
                 f"expected an answer of process {process.pid} within {wait_s:.0f} s; found none: give a longer --wait-s"
@@ -114,10 +117,16 @@ def _check_peer(connection: socket.socket, process: Process) -> None:
         raise AttachError(f"expected process {process.pid} at its socket; found process {pid}: use another --method")
 
 
-def _line(connection: socket.socket) -> bytes:
+def _line(connection: socket.socket, deadline: float, cancel: threading.Event) -> bytes:
     line = b""
-    while not line.endswith(b"\n") and len(line) <= MAX_LINE_BYTES:
-        part = connection.recv(1 << 16)
+    connection.settimeout(_POLL_S)
+    while not line.endswith(b"\n") and len(line) <= MAX_LINE_BYTES and not cancel.is_set():
+        try:
+            part = connection.recv(1 << 16)
+        except TimeoutError:
+            if time.monotonic() >= deadline:
+                raise
+            continue
         if not part:
             break
         line += part

@@ -7,7 +7,6 @@ import random
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from pathlib import Path
@@ -38,9 +37,10 @@ input()
 
 
 @pytest.fixture(autouse=True)
-def nothing_left() -> Iterator[None]:
+def nothing_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
     yield
-    assert not list(Path(tempfile.gettempdir()).glob("entropy-monitor-answer-*"))
+    assert not list(tmp_path.glob("entropy-monitor-answer-*"))
 
 
 def refused(pid: int, error: type[AttachError] = AttachError) -> str:
@@ -211,7 +211,8 @@ def test_a_target_of_another_user_is_answered_for() -> None:
         "__future__, ctypes, importlib, json, os, pathlib, threading, time, typing"  # nobody may not read our packages
     )
     program = f"import {loaded}; os.setuid({NOBODY}); print(flush=True)\nwhile True: time.sleep(0.01)"
-    with subprocess.Popen([sys.executable, "-I", "-c", program], stdout=subprocess.PIPE, cwd="/") as child:
+    environ = {**os.environ, "TMPDIR": "/tmp"}
+    with subprocess.Popen([sys.executable, "-I", "-c", program], stdout=subprocess.PIPE, cwd="/", env=environ) as child:
         assert child.stdout is not None
         child.stdout.readline()
         try:

@@ -146,6 +146,9 @@ def main(mode: str, stop: str) -> None:
         work.waiting(*waits[mode])
     # What an injection could leave behind.
     names = sorted(set(globals()) - KNOWN)
+    deadline = time.monotonic() + 5  # a request's thread ends a little after its answer
+    while any(thread.name.startswith("entropy") for thread in threading.enumerate()) and time.monotonic() < deadline:
+        time.sleep(0.01)
     threads_left = [thread.name for thread in threading.enumerate()]
     found = {"chains": work.chains, "faults": work.faults, "waits": work.waits, "names": names, "threads": threads_left}
     print(json.dumps(found), flush=True)

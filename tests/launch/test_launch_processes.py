@@ -30,7 +30,8 @@ def starts(tmp_path: Path) -> dict[str, tuple[object, ...]]:
     from pathlib import Path
 
     scripts = Path(sys.executable).parent
-    accelerate = ("--num_processes=2", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--cpu")
+    # "multi_gpu" means several processes; without a GPU they use gloo, as --cpu would only under MPI.
+    accelerate = ("--num_processes=2", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--multi_gpu")
     return {
         "torchrun": (scripts / "torchrun", *RANKS),
         "torch.distributed.run": (sys.executable, *BIN, *RANKS),

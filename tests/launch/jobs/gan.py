@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import torch
 from net import WIDTH, batch, report
 from net import Net as Generator
@@ -26,4 +28,5 @@ for step in range(24):
         loss.backward()
         second.step()
     losses.append(loss.item())
+    time.sleep(0.01)
 report(losses=losses, width=WIDTH)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 
 import torch
 from net import Net, batch, loss_of, report
@@ -17,4 +18,5 @@ with attach(model, optimizer, run=sys.argv[1], every=2) as monitor:
         optimizer.zero_grad()
         loss_of(model, batch()).backward()
         optimizer.step()
+        time.sleep(0.02)
 report(attempt=monitor.stats().attempt, step=monitor.stats().step, run=monitor.run_url)

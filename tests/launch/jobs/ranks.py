@@ -20,6 +20,7 @@ def work(rank: int | None = None, directory: str = "") -> None:
     torch.manual_seed(0)
     model = DistributedDataParallel(Net())
     losses = train(model, STEPS, seed=dist.get_rank())
+    dist.barrier()
     report(rank=dist.get_rank(), losses=losses, pid=os.getpid())
     dist.destroy_process_group()
 
