@@ -60,9 +60,9 @@ class Profile:
 
 
 @contextlib.contextmanager
-def _patched(profile: Profile, in_backward: Callable[[], bool]) -> Iterator[None]:
+def _patched(profile: Profile, job: Job) -> Iterator[None]:
     def kind(*_: object) -> str:
-        return "select and copy gradients" if in_backward() else "select and copy activations"
+        return "select and copy gradients" if job.in_backward else "select and copy activations"
 
     places: list[tuple[object, str, str | Callable[..., str]]] = [
         (tokens.PatchSample, "select", kind),
@@ -92,25 +92,8 @@ def _patched(profile: Profile, in_backward: Callable[[], bool]) -> Iterator[None
 
 def breakdown(job: Job, directory: Path, steps: int) -> dict[str, float]:
     """Milliseconds of a sampled step's cost by part, with everything on and every=1; and of a step as a whole."""
-    profile, backward = Profile(), False
-    original = observer.Observer.before_backward, observer.Observer.after_backward
-
-    def before(self: observer.Observer, *args: object) -> None:
-        nonlocal backward
-        backward = True
-        original[0](self, *args)
-
-    def after(self: observer.Observer) -> None:
-        nonlocal backward
-        backward = False
-        original[1](self)
-
-    with (
-        mock.patch.object(observer.Observer, "before_backward", before),
-        mock.patch.object(observer.Observer, "after_backward", after),
-        _patched(profile, lambda: backward),
-        ours(every=1)(job, directory) as attached,
-    ):
+    profile = Profile()
+    with _patched(profile, job), ours(every=1)(job, directory) as attached:
         for _ in range(3):
             job.step()
         attached.drain()

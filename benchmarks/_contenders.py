@@ -194,9 +194,9 @@ def wandb_watch(every: int) -> Watch:
 @contextlib.contextmanager
 def delve(job: Job, directory: Path) -> Iterator[Attached]:
     """Its defaults, on the linear layers of the blocks; the saturation of an epoch is not computed, only its sums."""
-    logging.getLogger("delve").setLevel(logging.WARNING)
     from delve import SaturationTracker
 
+    logging.getLogger("delve").setLevel(logging.WARNING)  # behind the import, which sets it to tell of each layer
     before = {module: dict(module._forward_hooks) for module in job.model.modules()}
     tracker = SaturationTracker(str(directory), "csv", job.model.blocks, stats=["lsat"], device="cpu")
     try:

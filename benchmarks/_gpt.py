@@ -80,6 +80,7 @@ class Job:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=3e-4, fused=device == "cuda")
         self._batches = torch.randint(0, size.vocabulary, (16, size.batch, size.context + 1), device=device)
         self._step = 0
+        self.in_backward = False
 
     def step(self, on_step: OnStep | None = None) -> None:
         batch = self._batches[self._step % len(self._batches)]
@@ -87,7 +88,9 @@ class Job:
         with torch.autocast(self.device, self.autocast, enabled=self.autocast is not None):
             loss = F.cross_entropy(self.forward(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
         self.optimizer.zero_grad()
+        self.in_backward = True
         loss.backward()
+        self.in_backward = False
         self.optimizer.step()
         if on_step is not None:
             on_step(loss.detach())

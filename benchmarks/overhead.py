@@ -147,18 +147,24 @@ def compare(given: argparse.Namespace) -> int:
             records.append(as_record(index, contender, block, neighbours))
             if given.verbose:
                 print(index, contender, overhead([(block, neighbours)], "thread").median, file=sys.stderr, flush=True)
+        bare = [block.thread for found in pairs.values() for _, neighbours in found for block in neighbours]
+        print(
+            f"torch {torch.__version__}, {given.threads} thread(s), load {os.getloadavg()[0]:.1f}; "
+            f"{given.rounds} rounds; a bare step: {1e3 * statistics.median(bare):.0f} ms of CPU (sd of blocks "
+            f"{100 * statistics.pstdev(bare) / statistics.mean(bare):.1f} %)\n"
+        )
+        print(table(contenders, pairs, missing), flush=True)
+        record = {"begun": begun, "torch": torch.__version__, "threads": given.threads}
+        record |= {"blocks": records, "missing": missing}
+        save(given.json, record)
         sampled = {
             name: sampled_step_overhead(job, ours(every=5, **options), directory / "sampled", given.periods)
             for name, options in SAMPLED.items()
         }
+        record |= {"sampled": {name: asdict(estimate) for name, estimate in sampled.items()}}
+        save(given.json, record)
         parts = breakdown(job, directory / "breakdown", 10)
-    bare = [block.thread for found in pairs.values() for _, neighbours in found for block in neighbours]
-    print(
-        f"torch {torch.__version__}, {given.threads} thread(s), load {os.getloadavg()[0]:.1f}; {given.rounds} rounds; "
-        f"a bare step: {1e3 * statistics.median(bare):.0f} ms of CPU (sd of blocks "
-        f"{100 * statistics.pstdev(bare) / statistics.mean(bare):.1f} %)\n"
-    )
-    print(table(contenders, pairs, missing))
+        save(given.json, record | {"breakdown_ms": parts})
     print("\n| promise | found |\n|---|---|")
     judged = verdicts(contenders, pairs, sampled)
     for claim, found in judged:
@@ -166,17 +172,12 @@ def compare(given: argparse.Namespace) -> int:
     print("\n| a sampled step of ours, all on: training thread | ms | % of a bare step |\n|---|---|---|")
     for part, milliseconds in parts.items():
         print(f"| {part} | {milliseconds:.2f} | {milliseconds / 10 / statistics.median(bare):.2f} |")
-    if given.json:
-        found = {name: asdict(estimate) for name, estimate in sampled.items()}
-        record = {
-            "begun": begun,
-            "torch": torch.__version__,
-            "threads": given.threads,
-            "blocks": records,
-            "sampled": found,
-        }
-        given.json.write_text(json.dumps({**record, "missing": missing, "breakdown_ms": parts}, indent=1))
     return 1 if any("BROKEN" in found for _, found in judged) else 0
+
+
+def save(path: Path | None, record: object) -> None:
+    if path is not None:
+        path.write_text(json.dumps(record, indent=1))
 
 
 def on_gpu(given: argparse.Namespace) -> int:
@@ -193,8 +194,7 @@ def on_gpu(given: argparse.Namespace) -> int:
                 rows += (part := measure_on_gpu(Path(name), given.rounds, given.steps, every, compiled))
                 for label, found, kept in part:
                     print(f"| {label} | {found} | {'' if kept else 'BROKEN'} |", flush=True)
-    if given.json:
-        given.json.write_text(json.dumps({"device": torch.cuda.get_device_name(), "rows": rows}, indent=1))
+    save(given.json, {"device": torch.cuda.get_device_name(), "rows": rows})
     return 0 if all(kept for *_, kept in rows) else 1
 
 
@@ -214,8 +214,7 @@ def main() -> int:
     given = parser.parse_args()
     if given.memory:
         grows, samples = memory(given.memory_steps, given.device)
-        if given.json:
-            given.json.write_text(json.dumps(samples))
+        save(given.json, samples)
         return grows
     return on_gpu(given) if given.device == "cuda" else compare(given)
 
