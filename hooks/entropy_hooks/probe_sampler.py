@@ -80,4 +80,4 @@ class ProbeSampler:
     def _draw(self, num_sequences: int, length: int, device: torch.device) -> PatchSample | None:
         if self._sample is None:
             self._sample = draw_patches(num_sequences, length, self._options.patches, self._generator, device)
-        return self._sample
+        return None if self._sample is None else self._sample.again()

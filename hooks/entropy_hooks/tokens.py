@@ -12,7 +12,7 @@ activation                    tokens
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -137,6 +137,14 @@ class PatchSample:
             selected = self._gather(sequences)
             self._selected[identity] = StorageWeakRef(sequences.untyped_storage()), selected
         return selected
+
+    def again(self) -> PatchSample:
+        """The same tokens, for another pass: what was gathered in this one is let go.
+
+        Returns:
+            A new sample.
+        """
+        return replace(self, _selected={})
 
     def _gather(self, sequences: torch.Tensor) -> torch.Tensor:
         if sequences.is_contiguous():

@@ -248,3 +248,16 @@ def test_a_loader_that_reuses_its_buffer_and_a_model_that_writes_into_it(run: Pa
         assert frame.scalars["loss"] == pytest.approx(truth.loss, rel=1e-6)
         assert frame.groups[0].layers == tuple(layers)
     assert len(frames(run)) == 3
+
+
+def test_a_probe_lets_go_of_what_it_gathered(run: Path) -> None:
+    """Its sample serves every step: what is remembered of a pass must not add up."""
+    job = Job(lambda: tiny_gpt(dropout=0.0))
+    with observe(job, run=run, every=1, observe="probe") as monitor:
+        job.run(5)
+        assert monitor._session is not None
+        assert monitor._session._probe is not None
+        sample = monitor._session._probe._sample
+        assert sample is not None
+        assert not sample._selected
+    assert monitor.stats().frames_committed == 5
