@@ -18,7 +18,11 @@ import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from entropy_hooks.buffers import Buffers, buffers_of
 from entropy_monitor.types import PATCH_LENGTH, TOKEN_OFFSETS
+
+_MAX_REMEMBERED = 1024
+"""Tensors of one sample whose copies are looked up; a pass meets about four a layer."""
 
 _declared: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
 """Of each tapped module, whether it takes batches first: looking through all that is in it takes long."""
@@ -98,10 +102,14 @@ class PatchSample:
     flat: torch.Tensor
     """Shape ``[n]``: row of the batch seen as ``[B * T, d]``."""
     num_patches: int
-    _selected: dict[tuple[object, ...], tuple[StorageWeakRef, torch.Tensor]] = field(
-        default_factory=dict[tuple[object, ...], tuple[StorageWeakRef, torch.Tensor]], repr=False, compare=False
+    buffers: Buffers
+    """Memory for what is gathered on the CPU."""
+    _selected: dict[tuple[object, ...], tuple[StorageWeakRef, weakref.ref[torch.Tensor]]] = field(
+        default_factory=dict[tuple[object, ...], tuple[StorageWeakRef, "weakref.ref[torch.Tensor]"]],
+        repr=False,
+        compare=False,
     )
-    """What has been gathered, by the identity of what it was gathered from."""
+    """What has been gathered, by the identity of what it was gathered from; neither is kept alive."""
 
     @property
     def num_batch_patches(self) -> int:
@@ -131,11 +139,16 @@ class PatchSample:
         identity = _identity(sequences)
         if identity is None:
             return self._gather(sequences)
-        source, selected = self._selected.get(identity, (None, None))
+        source, gathered = self._selected.get(identity, (None, None))
         # The weak reference tells a tensor that is still there from another one that took its place in memory.
-        if source is None or selected is None or source.expired():
-            selected = self._gather(sequences)
-            self._selected[identity] = StorageWeakRef(sequences.untyped_storage()), selected
+        if source is not None and gathered is not None and not source.expired():
+            selected = gathered()
+            if selected is not None:
+                return selected
+        if len(self._selected) >= _MAX_REMEMBERED:  # a probe's sample serves every step
+            self._selected.clear()
+        selected = self._gather(sequences)
+        self._selected[identity] = StorageWeakRef(sequences.untyped_storage()), weakref.ref(selected)
         return selected
 
     def again(self) -> PatchSample:
@@ -147,9 +160,13 @@ class PatchSample:
         return replace(self, _selected={})
 
     def _gather(self, sequences: torch.Tensor) -> torch.Tensor:
-        if sequences.is_contiguous():
-            return sequences.view(-1, sequences.shape[-1]).index_select(0, self.flat)
-        return sequences[self.sequence, self.position]
+        if not sequences.is_contiguous():
+            return sequences[self.sequence, self.position]
+        rows = sequences.view(-1, sequences.shape[-1])
+        if rows.device.type != "cpu" or type(rows) is not torch.Tensor:
+            return rows.index_select(0, self.flat)
+        buffer = self.buffers.take((len(self.flat), rows.shape[1]), rows.dtype)
+        return torch.index_select(rows, 0, self.flat, out=buffer)
 
     def token_windows(self, ids: torch.Tensor) -> torch.Tensor:
         """Token ids around each position; -1 beyond the sequence.
@@ -208,4 +225,6 @@ def draw_patches(
     if device.type == "cuda":
         indices = indices.pin_memory()  # from pageable memory the copy would wait for the device
     indices = indices.to(device, non_blocking=True)
-    return PatchSample(num_sequences, sequence_length, indices[0], indices[1], indices[2], len(starts))
+    return PatchSample(
+        num_sequences, sequence_length, indices[0], indices[1], indices[2], len(starts), buffers_of(generator)
+    )

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import nn
 
+from entropy_hooks.buffers import Buffers
 from entropy_monitor.estimators import patch_matrix_entropy_gradient, projected_weight_alignment_parts
 from entropy_monitor.types import NUM_JACKKNIFE_GROUPS, PATCH_LENGTH
 
@@ -102,7 +103,8 @@ def reduce_layers(capture: Capture, contaminated: frozenset[str], num_batch_patc
     families = _families([candidate for candidate in found.values() if isinstance(candidate, _Candidate)])
     deferred = on_cpu and sum(family[0].weight_gradient_DE.numel() for family in families) <= _MAX_COPIED
     if deferred:
-        families = [_with_own_weight_gradient(family) for family in families]
+        buffers = capture.sample.buffers if capture.sample is not None else Buffers()
+        families = [_with_own_weight_gradient(family, buffers) for family in families]
     status = {layer: value for layer, value in found.items() if not isinstance(value, _Candidate)}
     device = next(iter(capture.activations.values())).device
     make_sums = functools.partial(_make_sums, tuple(found), families, status, num_batch_patches, device)
@@ -151,10 +153,11 @@ def _families(candidates: Sequence[_Candidate]) -> list[_Family]:
     return [tuple(family) for family in families.values()]
 
 
-def _with_own_weight_gradient(family: _Family) -> _Family:
+def _with_own_weight_gradient(family: _Family, buffers: Buffers) -> _Family:
+    weight_gradient_DE = family[0].weight_gradient_DE
     if family[0].ours:
         return family
-    copy = family[0].weight_gradient_DE.clone()
+    copy = buffers.take(weight_gradient_DE.shape, weight_gradient_DE.dtype).copy_(weight_gradient_DE)
     return tuple(replace(candidate, weight_gradient_DE=copy) for candidate in family)
 
 

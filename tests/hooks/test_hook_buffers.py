@@ -1,0 +1,55 @@
+"""Memory that is used again: given once at a time, bounded, and gone with its owner."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import torch
+
+from entropy_hooks.buffers import Buffers, buffers_of
+
+
+def test_memory_is_given_again_only_when_its_tensor_is_gone() -> None:
+    buffers = Buffers()
+    first, second = buffers.take((100, 30), torch.float32), buffers.take((100, 30), torch.float32)
+    first.fill_(1)
+    second.fill_(2)
+    assert (first == 1).all()
+    address = first.data_ptr()
+    del first
+    third = buffers.take((90, 40), torch.bfloat16)
+    assert third.shape == (90, 40)
+    assert third.data_ptr() != second.data_ptr()
+    fourth = buffers.take((99, 31), torch.float32)
+    assert fourth.data_ptr() == address
+    assert (second == 2).all()
+
+
+def test_held_views_do_not_grow_it_without_bound() -> None:
+    buffers = Buffers()
+    held = [buffers.take((1 << 20,), torch.float32) for _ in range(100)]
+    assert len({tensor.data_ptr() for tensor in held}) == 100
+    assert len(buffers._slabs) == 4
+    assert buffers.take((1 << 26,), torch.float32).shape == (1 << 26,)
+
+
+def test_a_tensor_without_entries_can_be_taken() -> None:
+    assert Buffers().take((0, 4), torch.float32).shape == (0, 4)
+
+
+def test_memory_first_taken_in_inference_mode_serves_training() -> None:
+    buffers = Buffers()
+    with torch.inference_mode():
+        buffers.take((100,), torch.float32)
+    torch.index_select(torch.ones(200), 0, torch.arange(100), out=buffers.take((100,), torch.float32))
+
+
+def test_they_go_with_their_generator() -> None:
+    generator = torch.Generator()
+    buffers = buffers_of(generator)
+    assert buffers_of(generator) is buffers
+    gone = weakref.ref(buffers)
+    del generator, buffers
+    gc.collect()
+    assert gone() is None
