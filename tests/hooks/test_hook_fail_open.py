@@ -42,6 +42,11 @@ def shown(run: Path, kind: str) -> int:
     return read_status(open_run(run)).faults.get(kind, 0)
 
 
+def has_beaten(run: Path) -> None:
+    """The first heartbeat is written: for the next second nothing is put into the directory behind our back."""
+    wait_until(lambda: (run / "heartbeat" / "r00000.json").exists(), "the first heartbeat")
+
+
 def wait_until_shown(run: Path, kind: str) -> None:
     wait_until(lambda: shown(run, kind) >= 1, f"{kind} in status")
 
@@ -90,6 +95,7 @@ def test_a_store_that_becomes_unusable_in_the_middle(
     with observe(job, run=run, every=1) as monitor:
         job.run(2)
         wait_until(lambda: monitor.stats().frames_committed == 2, "two frames")
+        has_beaten(run)
         shutil.move(run, tmp_path / "elsewhere")
         run.write_text("in the way")
         job.run(4)
@@ -112,6 +118,7 @@ def test_a_store_that_becomes_unusable_in_the_middle(
 def test_a_store_that_never_comes_back(run: Path, unobserved: Job, caplog: pytest.LogCaptureFixture) -> None:
     job = Job()
     with observe(job, run=run, every=1) as monitor:
+        has_beaten(run)
         shutil.rmtree(run)
         run.write_text("in the way")
         job.run(STEPS)
@@ -578,6 +585,7 @@ def test_a_run_deleted_while_training_is_counted_and_not_brought_back(
     with observe(job, run=run, every=1) as monitor:
         job.step()
         wait_until(lambda: monitor.stats().frames_committed, "the first frame")
+        has_beaten(run)
         shutil.rmtree(run)
         wait_until(lambda: job.step() or monitor.stats().faults.get("run_removed"), "the fault")
         committed = monitor.stats().frames_committed
