@@ -34,7 +34,8 @@ _listeners: list[BackwardListener] = []
 _original: Callable[..., None] | None = None
 _ours: Callable[..., None] | None = None
 """Our wrapper, while it is installed."""
-_depth = 0
+_depth = threading.local()
+"""How many calls of the wrapper are on each thread's stack."""
 
 
 def listen(listener: BackwardListener) -> None:
@@ -80,7 +81,6 @@ def _wrap(original: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(original)
     def backward(tensors: Any, grad_tensors: Any = None, *args: Any, **kwargs: Any) -> None:
-        global _depth
         listeners = tuple(_listeners)
         if not listeners:
             return original(tensors, grad_tensors, *args, **kwargs)
@@ -89,14 +89,14 @@ def _wrap(original: Callable[..., None]) -> Callable[..., None]:
         else:
             roots = tensors = tuple(tensors)  # an iterator can be read only once
         # A reentrant call (checkpointing) is a part of the outer pass, not one of its own.
-        outermost = _depth == 0
+        outermost = getattr(_depth, "calls", 0) == 0
         if outermost:
             tell_before(listeners, roots, grad_tensors)
-        _depth += 1
+        _depth.calls = getattr(_depth, "calls", 0) + 1
         try:
             original(tensors, grad_tensors, *args, **kwargs)
         finally:
-            _depth -= 1
+            _depth.calls -= 1
             if outermost:
                 tell_after(listeners)
         return None

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
     from entropy_hooks.faults import Faults
-    from entropy_hooks.loss import LossReading
     from entropy_hooks.meter import Meter
+    from entropy_hooks.passes import Pass
     from entropy_hooks.target import Target
     from entropy_hooks.tokens import TokenAxes
     from entropy_monitor.config import MonitorOptions
@@ -43,7 +43,7 @@ class Observer:
     def __init__(self, target: Target, options: MonitorOptions, faults: Faults, meter: Meter) -> None:
         self._options, self._faults = options, faults
         self._generator = torch.Generator().manual_seed(int.from_bytes(os.urandom(7), "little"))
-        self._injectors = {name: Injector(self._injection_scale, faults.count) for name in target.steered}
+        self._injectors = {name: Injector(faults.count) for name in target.steered}
         self.guard = Guard(faults, meter)
         self.sampling = False
         """This step is sampled."""
@@ -51,13 +51,10 @@ class Observer:
         """Weight of the MBE in force; 0 while the phase is memorize."""
         self.capture: Capture | None = None
         """The newest observed pass of this step that had its backward pass, or is having it."""
-        self._forward: Capture | None = None
-        """The newest observed forward pass."""
         self.num_tokens = 0
         """Tokens of the forward passes since the last optimizer step; 0 without an embedding."""
         self.on_inputs: Callable[[tuple[Any, ...], dict[str, Any]], None] | None = None
         """Is called with the model's arguments at each training forward pass."""
-        self._pass_ended = True
         self._eagerly = contextlib.ExitStack()
         """Holds while a compiled model is made to run eagerly, so that it can be steered."""
         self._hooked: set[str] = set()
@@ -95,7 +92,7 @@ class Observer:
         self._handles.clear()
         self._linear_handles.clear()
         self._eagerly.close()
-        self.capture = self._forward = None
+        self.capture = None
 
     # ---- steps and passes --------------------------------------------------------------------------------------------
 
@@ -116,6 +113,11 @@ class Observer:
         return self.capture or self._forward
 
     @property
+    def _forward(self) -> Capture | None:
+        current = self.passes.current
+        return None if current is None or current.consumed else current.capture
+
+    @property
     def replays(self) -> bool:
         """The step under way is observed by running a part of it again."""
         return self.sampling and not self.guard.active
@@ -124,7 +126,6 @@ class Observer:
         """See `passes.PassListener`."""
         if self.passes.compiled:
             self._enter_compiled(args, kwargs)
-        self._begin_pass()
         if self.on_inputs is not None:  # last: it meets classes of the user's, and must not cost the frame
             self.on_inputs(args, kwargs)
 
@@ -145,29 +146,24 @@ class Observer:
         if self._micro.in_forward and self.replays and self._micro.is_last():
             self.replay.keep_output(output, lambda: self._micro.in_backward and self._micro.is_last())
 
-    def _begin_pass(self) -> None:
-        self._pass_ended = False
+    def begin_pass(self) -> None:
+        """See `passes.PassListener`."""
         self._hooked.clear()
         self._running.clear()
-        if self.sampling and self.guard.active and self._micro.is_last():
-            self._forward = Capture()
+        if self.sampling and self.guard.active and self._micro.is_last() and self.passes.current is not None:
+            self.passes.current.capture = Capture()
 
-    def begin_backward(self, loss: LossReading | None) -> None:
+    def begin_backward(self, seen: Pass) -> None:
         """See `passes.PassListener`."""
-        if self._forward is not None:
-            self.capture, self._forward = self._forward, None
-        if self.capture is not None and self._micro.is_last():
-            self.capture.loss = loss
-
-    def end_backward(self) -> None:
-        """See `passes.PassListener`."""
-        self._pass_ended = True
+        if seen.capture is not None:
+            self.capture = seen.capture
+            self.capture.loss = self.passes.loss
 
     def end_step(self) -> None:
         """Forget the step that has ended."""
         if self.capture is not None and self.capture.linears:
             self._keep_only_last_linears(self.capture)
-        self.capture = self._forward = None
+        self.capture = None
         self.num_tokens = 0
         self.passes.end_step()
 
@@ -181,8 +177,8 @@ class Observer:
     # ---- observation -------------------------------------------------------------------------------------------------
 
     def _capturing(self) -> Capture | None:
-        if self._pass_ended and self._micro.in_forward:  # of a part, or of a call that runs backward several times
-            self._begin_pass()
+        if self._micro.in_forward:
+            self.passes.begin_if_consumed()
         return self._forward if self.sampling and self._micro.in_forward and self._micro.is_last() else None
 
     def _see_tokens(self, module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -192,15 +188,15 @@ class Observer:
                 capture.token_ids = args[0].detach().clone()  # a loader may reuse its buffer before the step
 
     def _see_linear(self, layer: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        capture, recognised = self._capturing(), writes_features(module)
-        if capture is None or recognised is None or not args or not isinstance(output, torch.Tensor):
+        capture, recognised, seen = self._capturing(), writes_features(module), self.passes.current
+        if capture is None or seen is None or recognised is None or not args or not isinstance(output, torch.Tensor):
             return
         weight, _, transposed = recognised
         linear = LinearSample(module, weight, transposed, args[0].detach(), output.shape)
         self._running.setdefault(layer, {})[output.shape[-1]] = linear
         if output.requires_grad:  # hooked now: by the end of the block it may have been written into in place
             store = functools.partial(setattr, linear, "output_gradient")
-            output.register_hook(self._recorder(capture, layer, lambda: capture.linears.get(layer) is linear, store))
+            output.register_hook(self._recorder(seen, layer, lambda: capture.linears.get(layer) is linear, store))
 
     def _see_output(self, layer: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         z = first_tensor(output)
@@ -216,11 +212,12 @@ class Observer:
             self._sample_activation(layer, z, axes)
         # Reentrant checkpointing runs the forward without gradients and hooks count only when it is run again; the
         # other kind has been hooked before, and its second run is not looked at.
-        if z.requires_grad and not (recomputed and layer in self._hooked):
+        seen = self.passes.newest if recomputed else self.passes.current
+        if seen is not None and z.requires_grad and not (recomputed and layer in self._hooked):
             self._hooked.add(layer)
-            self._hook_gradient(layer, z)
+            self._hook_gradient(layer, z, seen)
             if self.weight and layer in self._injectors:
-                self._injectors[layer].attach_to(z, axes)
+                self._injectors[layer].attach_to(z, axes, functools.partial(self._injection_scale, seen))
 
     def _sample_activation(self, layer: str, z: torch.Tensor, axes: TokenAxes) -> None:
         capture = self._capturing()
@@ -254,9 +251,8 @@ class Observer:
             linear.inputs = capture.sample.select(inputs)
             capture.linears[layer] = linear
 
-    def _hook_gradient(self, layer: str, z: torch.Tensor) -> None:
-        # Checkpointed without a graph, a block runs again in the backward pass of the capture that it belongs to.
-        capture = self._forward if self._micro.in_forward else self.capture
+    def _hook_gradient(self, layer: str, z: torch.Tensor, seen: Pass) -> None:
+        capture = seen.capture
         # A pass behind the captured one (the number of micro-batches has changed) must not overwrite its gradients.
         if not self._options.gradients or capture is None or not self._micro.is_last():
             return
@@ -264,29 +260,29 @@ class Observer:
             return
         # A layer that runs twice is observed in its last run.
         store = functools.partial(capture.gradients.__setitem__, layer)
-        z.register_hook(self._recorder(capture, layer, lambda: capture.activations.get(layer) is sampled, store))
+        z.register_hook(self._recorder(seen, layer, lambda: capture.activations.get(layer) is sampled, store))
 
     def _recorder(
-        self, capture: Capture, layer: str, wanted: Callable[[], bool], store: Callable[[torch.Tensor], None]
+        self, seen: Pass, layer: str, wanted: Callable[[], bool], store: Callable[[torch.Tensor], None]
     ) -> Callable[[torch.Tensor], None]:
         def record(gradient: torch.Tensor) -> None:
-            sample = capture.sample
-            if capture is self.capture and self._micro.in_backward and sample is not None and wanted():
-                self.guard.run(lambda: store(sample.select(capture.axes[layer].sequences(gradient.detach()))))
-            # else `torch.autograd.grad`, or the graph of an older pass
+            capture = seen.capture
+            if not self.passes.reach(seen) or capture is None or capture is not self.capture:
+                return  # `torch.autograd.grad`, or the graph of an older pass
+            if capture.sample is not None and wanted():
+                store(capture.sample.select(capture.axes[layer].sequences(gradient.detach())))
 
-        return record
+        return functools.partial(self.guard.run, record)
 
     # ---- steering ----------------------------------------------------------------------------------------------------
 
-    def _injection_scale(self) -> torch.Tensor | float | None:
+    def _injection_scale(self, seen: Pass) -> torch.Tensor | float | None:
         """``weight / steered layers``, times d(root)/d(loss); None when nothing may be added to this pass.
 
         Returns:
             The factor of each steered layer's MBE gradient.
         """
-        loss = self.passes.loss
-        if not self._micro.in_backward or loss is None or not self.weight:
+        if not self.passes.reach(seen) or (loss := self.passes.loss) is None or not self.weight:
             return None
         if loss.ambiguous and self._options.loss_scale is None:
             self._faults.count("loss_scale_ambiguous", "several loss terms: give attach(loss_scale=) to steer this job")

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import sys
+import threading
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+from torch.utils import _pytree as pytree
 
 from entropy_hooks import backward
 from entropy_hooks.entry import Entry
@@ -20,6 +24,7 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.utils.hooks import RemovableHandle
 
+    from entropy_hooks.capture import Capture
     from entropy_hooks.faults import Faults
     from entropy_hooks.guard import Guard
     from entropy_hooks.target import Target
@@ -31,27 +36,53 @@ _MAX_LOOKS = 3
 class PassListener(Protocol):
     """Is told of the passes; exceptions are counted and go no further."""
 
+    def begin_pass(self) -> None:
+        """A training pass begins, `Passes.current`."""
+
     def begin_forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """The model is called in a training pass."""
+        """In it, the model as a whole is called."""
 
     def end_forward(self, output: Any) -> None:
-        """A call of the model is about to end."""
+        """That call is about to end."""
 
-    def begin_backward(self, loss: LossReading | None) -> None:
-        """The backward pass of a training pass begins; None where its loss could not be read."""
+    def begin_backward(self, seen: Pass) -> None:
+        """The backward pass of a training pass has reached its output; it is the newest of those that were reached."""
 
-    def end_backward(self) -> None:
-        """A backward pass has ended."""
+
+@dataclass(slots=True, eq=False)
+class Pass:
+    """One training pass."""
+
+    number: int
+    thread: int
+    """Where it runs; its backward pass is called from the same thread."""
+    capture: Capture | None = None
+    """What the listener gathers of it."""
+    announced: bool = False
+    """Its output tells when a gradient comes. Else the next backward pass is taken for its own."""
+    consumed: bool = False
+    """Its backward pass has come."""
 
 
 class Passes:
-    """Tells one listener of the passes, until `remove`."""
+    """Tells one listener of the passes, until `remove`.
+
+    Whether a backward pass is ours is told by a gradient that comes to our model's output, since another model's loss
+    may be differentiated between our forward and our backward pass, in this thread or in another.
+    """
 
     def __init__(self, target: Target, listener: PassListener, guard: Guard, faults: Faults) -> None:
         self._target, self._listener, self._guard, self._faults = target, listener, guard, faults
         self.micro_batches = MicroBatches()
         self._part_handles: list[RemovableHandle] = []
         self._looks = 0
+        self.current: Pass | None = None
+        """The newest training pass, until the step in which it was consumed has ended."""
+        self.newest: Pass | None = None
+        """The newest pass that a backward pass has reached: a checkpointed block runs again in it."""
+        self._num_passes = 0
+        self._backward: _Backward | None = None
+        """The backward pass under way in the thread of the newest pass, be it ours or not."""
         self.loss: LossReading | None = None
         """Of the newest backward pass of this step."""
         self.on_forward: Callable[[], None] | None = None
@@ -86,34 +117,68 @@ class Passes:
         backward.unlisten(self)
         self.entry.remove()
         self._remove_parts()
+        self.current = self.newest = None
 
     def end_step(self) -> None:
         """The optimizer has stepped."""
         self.loss = None
+        if self.current is not None and self.current.consumed:
+            self.current = None
+        self.newest = None
         self.micro_batches.step()
 
     # ---- forward -----------------------------------------------------------------------------------------------------
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self.micro_batches.enter_forward(with_gradients=torch.is_grad_enabled()):
+        if not self.micro_batches.enter_forward(module, with_gradients=torch.is_grad_enabled()):
             return
         if not self.compiled:  # a graph that was compiled with the hooks is left as it is
             self._remove_parts()  # this loop calls the model as a whole
-        if self.on_forward is not None:
-            self.on_forward()
+        self._begin_pass()
         self._listener.begin_forward(args, kwargs)
 
     def _enter_part(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self.micro_batches.enter_part(with_gradients=torch.is_grad_enabled())
+        if self.micro_batches.enter_part(module, with_gradients=torch.is_grad_enabled()):
+            self.begin_if_consumed()
+
+    def begin_if_consumed(self) -> None:
+        """A layer runs: in the pass under way, or in a new one, as in a call that runs backward several times."""
+        if self.current is None or self.current.consumed:
+            self._begin_pass()
+
+    def _begin_pass(self) -> None:
+        if self.on_forward is not None:
+            self.on_forward()
+        self._num_passes += 1
+        self.current = Pass(self._num_passes, threading.get_ident())
+        self._listener.begin_pass()
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         try:
+            if self.micro_batches.in_forward:
+                self._announce(output)
             self._listener.end_forward(output)
         finally:
-            self.micro_batches.leave_forward()
+            self.micro_batches.leave_forward(module)
 
     def _leave_part(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self.micro_batches.leave_forward()
+        try:
+            if self.micro_batches.in_forward and self.micro_batches.num_calls == 1:
+                self._announce(output)
+        finally:
+            self.micro_batches.leave_forward(module)
+
+    def _announce(self, output: Any) -> None:
+        """Have the tensors that leave the model tell when their gradients come."""
+        current = self.current
+        if current is None:
+            return
+        leaves = [output] if isinstance(output, torch.Tensor) else pytree.tree_leaves(output)
+        for leaf in leaves:
+            # What has no history of its own (a parameter) would keep the hook for ever.
+            if isinstance(leaf, torch.Tensor) and leaf.grad_fn is not None:
+                leaf.register_hook(functools.partial(self._announced, current))
+                current.announced = True
 
     def _remove_parts(self) -> None:
         while self._part_handles:
@@ -123,22 +188,55 @@ class Passes:
 
     def before_backward(self, roots: tuple[Any, ...], gradients: Any) -> None:
         """A backward pass from `roots` begins; see `backward.BackwardListener`."""
-        self._guard.run(self._begin_backward, roots, gradients)
+        current, thread = self.current, threading.get_ident()
+        if current is None or current.thread == thread:
+            self._guard.run(self._begin_backward, thread, roots, gradients)
 
     def after_backward(self) -> None:
         """The backward pass has ended."""
-        self.micro_batches.leave_backward()
-        self._listener.end_backward()
+        if self._backward is not None and self._backward.thread == threading.get_ident():
+            self.micro_batches.leave_backward()
+            self._backward = None
 
-    def _begin_backward(self, roots: tuple[Any, ...], gradients: Any) -> None:
-        if not self.micro_batches.enter_backward():
+    def _begin_backward(self, thread: int, roots: tuple[Any, ...], gradients: Any) -> None:
+        current = self.current
+        if current is None:
             self._look_for_compiled(roots)
             return
-        self.loss = None
+        self._backward = under_way = _Backward(thread)
         try:
-            self.loss = read_loss(roots, gradients)
+            under_way.loss = read_loss(roots, gradients)
         finally:
-            self._listener.begin_backward(self.loss)
+            if not current.announced and not current.consumed:
+                self._consume(current, under_way)
+
+    def _announced(self, seen: Pass, gradient: torch.Tensor) -> None:
+        """A tensor hook: the gradient of a pass's output has come."""
+        if self._backward is not None:
+            self._guard.run(self.reach, seen)
+
+    def reach(self, seen: Pass) -> bool:
+        """A gradient has come to a pass: to its output, or to a layer whose hook is called before that of the output.
+
+        Returns:
+            Whether it is that of the pass's own backward pass, and not of `torch.autograd.grad` or of a second one.
+        """
+        under_way = self._backward
+        if under_way is None:
+            return False
+        if not seen.consumed:
+            self._consume(seen, under_way)
+        return seen.number in under_way.reached
+
+    def _consume(self, seen: Pass, under_way: _Backward) -> None:
+        seen.consumed = True
+        self.micro_batches.enter_backward()
+        self.loss = under_way.loss
+        is_newest = seen.number > max(under_way.reached, default=0)
+        under_way.reached.add(seen.number)
+        if is_newest:
+            self.newest = seen
+            self._listener.begin_backward(seen)
 
     def _look_for_compiled(self, roots: tuple[Any, ...]) -> None:
         """A backward pass whose forward pass was not seen: is it our model's, compiled since we looked?"""
@@ -153,3 +251,11 @@ class Passes:
                 "expected to see the model run; found a backward pass through it alone (compiled inside a larger "
                 "function?): compile the model itself, and give attach what torch.compile returned",
             )
+
+
+@dataclass(slots=True)
+class _Backward:
+    thread: int
+    loss: LossReading | None = None
+    reached: set[int] = field(default_factory=set[int])
+    """Numbers of the passes that it has reached."""

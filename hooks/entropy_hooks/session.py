@@ -255,7 +255,14 @@ class Session:
         self._submit_frame(self._observed, record, slot)
 
     def _tell_why_nothing_was_observed(self) -> None:
-        capture = self._observer.observed
+        capture, micro_batches = self._observer.observed, self._observer.passes.micro_batches
+        if micro_batches.ended_early:
+            self._faults.count(
+                "fewer_micro_batches",
+                f"expected {micro_batches.expected} backward passes before the optimizer's step; found "
+                f"{micro_batches.count}, an epoch's end?: this step has no frame, the next ones are watched closely",
+            )
+            return
         if self._observer.replays or (capture is not None and capture.too_short):
             return  # counted where it was met
         entry = self._observer.passes.entry

@@ -22,27 +22,26 @@ if TYPE_CHECKING:
 class Injector:
     """Adds to one tapped layer's gradients while the phase is compress."""
 
-    def __init__(
-        self, scale: Callable[[], torch.Tensor | float | None], on_fault: Callable[[str, object], None]
-    ) -> None:
-        self._scale, self._on_fault = scale, on_fault
+    def __init__(self, on_fault: Callable[[str, object], None]) -> None:
+        self._on_fault = on_fault
         self._early = False
         """Compute the gradient in the forward pass, because the model overwrites its activations."""
 
-    def attach_to(self, z: torch.Tensor, axes: TokenAxes) -> None:
+    def attach_to(self, z: torch.Tensor, axes: TokenAxes, scale: Callable[[], torch.Tensor | float | None]) -> None:
         """Add ``scale x dMBE/dz`` to the gradient of `z` in the coming backward pass.
 
         Args:
             z: the layer's output, which requires a gradient.
             axes: where its tokens lie.
+            scale: asked when the gradient comes; None adds nothing.
         """
         seen, version = z.detach(), z._version
         early = batch_entropy_gradient(seen, axes) if self._early else None
 
         def add(gradient: torch.Tensor) -> torch.Tensor | None:
             try:
-                scale = self._scale()
-                if scale is None:
+                factor = scale()
+                if factor is None:
                     return None
                 if early is None and seen._version != version:
                     self._early = True
@@ -51,7 +50,7 @@ class Injector:
                     )
                     return None
                 addition = batch_entropy_gradient(seen, axes) if early is None else early
-                return gradient + (scale * addition).to(gradient.dtype)
+                return gradient + (factor * addition).to(gradient.dtype)
             except Exception as error:  # counted and logged by on_fault; training goes on
                 self._on_fault("steering_failed", error)
                 return None

@@ -596,16 +596,6 @@ def test_a_run_deleted_while_training_is_counted_and_not_brought_back(
     assert len([record for record in caplog.records if "run_removed" in record.getMessage()]) == 1
 
 
-def test_an_evaluation_pass_with_gradients_before_the_backward_pass_is_counted(run: Path) -> None:
-    job = Job()
-    with observe(job, run=run, every=1) as monitor:
-        loss = job.forward_loss()
-        job.model(job.next_batch()[:2])
-        loss.backward()
-        job.optimizer.step()
-        assert monitor.stats().faults["no_gradients"] == 1
-
-
 def test_a_run_path_may_go_up_and_down(tmp_path: Path) -> None:
     job = Job()
     with observe(job, run=tmp_path / "a" / ".." / "b" / "run") as monitor:

@@ -203,14 +203,16 @@ def test_evaluation_between_steps_is_not_sampled(run: Path) -> None:
         recorder.check(frame, frame.step)
 
 
-def test_evaluation_between_forward_and_backward(run: Path) -> None:
+@pytest.mark.parametrize("with_gradients", [False, True])
+def test_evaluation_between_forward_and_backward(run: Path, with_gradients: bool) -> None:
     job = Job()
-    with observe(job, run=run, every=1, patches=8):
+    with observe(job, run=run, every=1, patches=8) as monitor:
         loss = job.forward_loss()
-        with torch.no_grad():
+        with torch.set_grad_enabled(with_gradients):
             job.model(torch.zeros(2, 16, dtype=torch.long))
         loss.backward()
         job.optimizer.step()
+    assert monitor.stats().faults == {}
     (frame,) = frames(run)
     assert len(positions(frame, job.batches[0])) == 64
     assert frame.scalars["loss"] == loss.item()
