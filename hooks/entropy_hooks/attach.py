@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import getpass
+import logging
 import os
 import platform
 import socket
@@ -10,6 +11,7 @@ import sys
 import time
 import weakref
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,8 +32,10 @@ from entropy_monitor.store import create_run, trim_vanished_ranks
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from entropy_monitor.config import MonitorOptions
+    from entropy_monitor.config import MonitorConfig, MonitorOptions
     from entropy_monitor.store import Run
+
+logger = logging.getLogger("entropy_hooks")
 
 _monitors: weakref.WeakKeyDictionary[nn.Module, Monitor] = weakref.WeakKeyDictionary()
 _processes: set[int] = set()
@@ -149,6 +153,8 @@ def prepare(
     optimizers = (optimizer,) if isinstance(optimizer, Optimizer) else _several(optimizer)
     if not optimizers:
         raise ConfigError("expected an optimizer; found an empty sequence: give those that train this model")
+    if len(set(map(id, optimizers))) < len(optimizers):
+        raise ConfigError("expected each optimizer once; found one of them twice: leave the second one out")
     for entry in optimizers:
         _check(entry, Optimizer, "optimizer")
     if probe is not None and not callable(probe):
@@ -159,6 +165,7 @@ def prepare(
         )
     inner = unwrap(model)
     if (existing := observed_by(inner)) is not None:
+        _tell_ignored(existing, config)
         return existing
     faults = Faults()
     taps = find_taps(inner, config.hooks.layers)
@@ -184,6 +191,17 @@ def prepare(
         faults.count("store_unavailable", error)
         return Monitor(config.hooks, faults)
     return Prepared(opened, (attempt, rank), target, config.hooks, faults)
+
+
+def _tell_ignored(existing: Monitor, config: MonitorConfig) -> None:
+    """A second attach changes nothing, which who asks for something else should know."""
+    asked = replace(config.hooks, start_step=existing.options.start_step)
+    elsewhere = config.run is not None and str(Path(config.run).resolve()) != existing.run_url
+    if asked != existing.options or elsewhere:
+        logger.warning(
+            "expected a model that nobody observes; found it observed in %s: this attach changes nothing, detach() first",
+            existing.run_url,
+        )
 
 
 def _several(optimizers: object) -> tuple[Any, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import TYPE_CHECKING
 
@@ -9,13 +10,21 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from entropy_hooks.cost import Clock, StepCosts
+    from entropy_hooks.faults import Faults
     from entropy_hooks.shared_notes import SharedNotes
+
+logger = logging.getLogger("entropy_hooks")
 
 _BYPASS_EVERY = 8
 """With every step sampled, one of so many passes our hooks by, to be compared with."""
-_MIN_PAIRS: dict[Clock, int] = {"hooks": 3, "cpu": 8, "wall": 8}
+_ENOUGH_PAIRS: dict[Clock, int] = {"hooks": 0, "cpu": 8, "wall": 8}
+"""Comparisons before a clock is believed; our own has no noise."""
 _CONFIDENCE = 3.0
 """Standard errors by which a cost must exceed the budget before the sampling is changed."""
+_MAX_FACTOR = 8
+"""At one look: what a first guess was too high by must not end the sampling."""
+_MAX_STRETCH = 1000
+"""Beyond this multiple of what was asked for, a run has hardly a frame: the budget is given up instead, and said so."""
 _LOOK_EVERY = 4
 """Sampled steps between two looks: the more looks, the more often noise alone would stretch."""
 
@@ -29,7 +38,9 @@ class Cadence:
         max_overhead: float | None,
         costs: StepCosts,
         open_notes: Callable[[], SharedNotes | None],
+        faults: Faults,
     ) -> None:
+        self._asked, self._faults = every, faults
         self.every = every
         """As it stands now; it only grows."""
         self._budget, self._costs, self._open_notes = max_overhead, costs, open_notes
@@ -72,9 +83,18 @@ class Cadence:
         self._num_sampled += 1
         if self._num_sampled % _LOOK_EVERY:
             return
-        factor = max((self._factor(clock) for clock in _MIN_PAIRS), default=1)
+        factor = max(self._factor(clock) for clock in _ENOUGH_PAIRS)
         if factor == 1:
             return
+        if factor * self.every > _MAX_STRETCH * self._asked:
+            self._faults.count(
+                "budget_not_kept",
+                f"expected sampling to cost at most {self._budget:g} of the training time; found more at every "
+                f"{self.every}, {self.every // self._asked} times what was asked for: give a larger max_overhead, or "
+                "fewer patches or layers",
+            )
+            return
+        logger.info("sampling every %d steps from now on: it cost more than the budget", factor * self.every)
         self._next = (factor * self.every, step + self.every)
         if self._notes is None:
             self.every, self._next = factor * self.every, None
@@ -89,9 +109,9 @@ class Cadence:
         """
         assert self._budget is not None
         cost = self._costs.cost(clock)
-        if cost is None or cost.num_pairs < _MIN_PAIRS[clock]:
+        if cost is None or cost.num_pairs < _ENOUGH_PAIRS[clock]:
             return 1
         surely = cost.fraction(self.every) - _CONFIDENCE * cost.fraction_error(self.every)
         if not surely > self._budget:
             return 1
-        return max(2, math.ceil(cost.fraction(self.every) / self._budget))
+        return min(_MAX_FACTOR, max(2, math.ceil(cost.fraction(self.every) / self._budget)))

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
     from entropy_hooks.meter import Meter
 
@@ -93,9 +93,12 @@ class StepCosts:
             return
         self._num_sampled += 1
         if self._plain and self._num_sampled > _WARM_UP:
-            for index, clock in enumerate(CLOCKS):
+            typical = [statistics.median(clock) for clock in zip(*self._plain, strict=True)]
+            for clock, of_sampled, of_plain in zip(CLOCKS, lengths, typical, strict=True):
                 if clock != "wall" or self._device_clock is None:
-                    self._pair(clock, lengths[index], [plain[index] for plain in self._plain])
+                    # Of our own code what is always done stands in both; its share is one of all the time there is.
+                    step_s = typical[2] if clock == "hooks" else of_plain
+                    self._pairs[clock].append((of_sampled - of_plain, step_s))
         self._plain.clear()
 
     @property
@@ -121,12 +124,6 @@ class StepCosts:
             step_s=statistics.median(length for _, length in pairs),
             num_pairs=len(added),
         )
-
-    def _pair(self, clock: Clock, sampled: float, plain: Sequence[float]) -> None:
-        length = statistics.median(plain)
-        # Of our own code what is always done stands in both; its share of a step is of all the time there is.
-        whole = statistics.median(step[2] for step in self._plain) if clock == "hooks" and self._plain else length
-        self._pairs[clock].append((sampled - length, whole))
 
     def _take_device(self, sampled: bool, seconds: float) -> None:
         clock = self._device_clock

@@ -94,6 +94,7 @@ class Delivery:
             refused = next(((rank, detail) for rank, detail in refusals if detail), None)
             if refused is not None:
                 self._call_off(pending, "rejected", step, f"rank {refused[0]}: {refused[1]}")
+                return
             pending.seen_by_all = True
         elif time.monotonic() - pending.offered_at > SEEN_TIMEOUT_S:
             missing = [rank for rank, name in enumerate(names) if notes.read(name) is None]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from entropy_hooks.delivery import Delivery
@@ -64,6 +65,7 @@ class Pulse:
         prefix = f"entropy_monitor/{run.objects.url}/{attempt}/commands"
         self.delivery = Delivery(lambda: share_notes(prefix), self.answer, faults)
         """Commands for the training thread."""
+        self._owed: deque[tuple[int, Acknowledgement]] = deque()
         self._thread = threading.Thread(target=self._work, name="entropy-pulse", daemon=True)
 
     def start(self) -> None:
@@ -80,15 +82,25 @@ class Pulse:
         """Acknowledge a command.
 
         Returns:
-            Whether this answer counts: False when the rank has answered before, or when the answer cannot be stored.
-            In both cases the command must not be applied.
+            Whether this answer counts. Else the command must not be applied: the rank has answered before, or the
+            answer cannot be stored, which of several ranks that step together is tried again.
         """
         ack = Acknowledgement(command_id=f"{number:08d}", rank=self._rank, step=step, status=status, detail=detail)
         try:
             return acknowledge(self._objects, number, ack)
         except OSError as error:
             self._faults.count("acknowledgement_failed", error)
-            return False
+            if not self.delivery.shared:
+                return False
+            # All other ranks apply it at this step. It is not applied again: a later attempt finds their answers.
+            self._owed.append((number, ack))
+            return True
+
+    def _pay(self) -> None:
+        """Try again to store the answers that could not be."""
+        while self._owed:
+            acknowledge(self._objects, *self._owed[0])
+            self._owed.popleft()
 
     def _work(self) -> None:
         self._beat()
@@ -101,6 +113,7 @@ class Pulse:
             if self._superseded:
                 continue
             try:
+                self._pay()
                 self._read_commands(look_for_gaps=due)
                 self.delivery.look_around(int(self._fields()["step"]))
             except Exception as error:  # the next round tries again

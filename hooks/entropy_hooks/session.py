@@ -63,7 +63,7 @@ class Session:
         device = next((parameter.device for parameter in target.model.parameters()), torch.device("cpu"))
         self._costs = StepCosts(host_clocks(self.meter), device)
         notes = f"entropy_monitor/{run.objects.url}/{self.attempt}/cadence"
-        self.cadence = Cadence(options.every, options.max_overhead, self._costs, lambda: share_notes(notes))
+        self.cadence = Cadence(options.every, options.max_overhead, self._costs, lambda: share_notes(notes), faults)
         self._ring = Ring()
         self._scalars = ScalarsBatch(self._ring)
         self._assembler = FrameAssembler(options, tuple(target.taps), self._ring, faults)

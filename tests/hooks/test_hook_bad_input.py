@@ -197,3 +197,23 @@ def test_a_file_that_is_no_text(tmp_path: Path) -> None:
         attach(tiny_gpt(), Job().optimizer)
     with pytest.raises(ConfigError, match="expected a readable TOML file"):
         load_config(path=tmp_path / "missing.toml")
+
+
+def test_one_optimizer_twice(tmp_path: Path) -> None:
+    job = Job()
+    with pytest.raises(ConfigError) as error:
+        attach(job.model, [job.optimizer, job.optimizer], run=tmp_path / "run")
+    check_refusal(error, "twice")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_second_attach_that_asks_for_something_else_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    job = Job()
+    with attach(job.model, job.optimizer, run=tmp_path / "run", every=5) as monitor:
+        assert attach(job.model, job.optimizer, run=tmp_path / "run", every=5) is monitor
+        assert not caplog.records
+        assert attach(job.model, job.optimizer, run=tmp_path / "run", every=5, steer=True) is monitor
+        assert attach(job.model, job.optimizer, run=tmp_path / "other", every=5) is monitor
+    assert len(caplog.records) == 2
+    assert all("changes nothing" in record.getMessage() for record in caplog.records)
+    assert not (tmp_path / "other").exists()

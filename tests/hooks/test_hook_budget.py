@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from entropy_hooks.budget import Cadence
 from entropy_hooks.cost import StepCosts, overhead
+from entropy_hooks.faults import Faults
 from entropy_hooks.meter import Meter
 from entropy_monitor.errors import ConfigError
 from entropy_monitor.store import open_run, read_status
@@ -34,7 +35,8 @@ class Played:
         self._random = random.Random(0)
         self._now = [0.0, 0.0, 0.0]
         self.costs = StepCosts(lambda: (self._now[0], self._now[1], self._now[2]), CPU)
-        self.cadence = Cadence(every, budget.pop("max_overhead", None), self.costs, lambda: None)
+        self.faults = Faults()
+        self.cadence = Cadence(every, budget.pop("max_overhead", None), self.costs, lambda: None, self.faults)
         self.sampled: list[int] = []
 
     def run(self, steps: int) -> Played:
@@ -105,6 +107,13 @@ def test_a_job_within_its_budget_is_sampled_as_asked() -> None:
         played = Played(0.1, 0.0005, noise=0.05, max_overhead=0.01)
         played._random.seed(seed)
         assert played.run(5000).cadence.every == 10
+
+
+def test_a_budget_that_cannot_be_kept_does_not_end_the_sampling() -> None:
+    played = Played(0.1, 0.02, every=1, max_overhead=1e-9).run(20_000)
+    assert played.cadence.every <= 1000
+    assert played.sampled[-1] > 19_000
+    assert played.faults.snapshot()["budget_not_kept"] >= 1
 
 
 def test_with_every_step_sampled_one_in_eight_is_bypassed_to_compare_with() -> None:

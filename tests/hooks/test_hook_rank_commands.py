@@ -194,3 +194,43 @@ def test_a_command_answered_by_one_rank_alone_is_never_applied_later(run: Path, 
     (expired,) = [ack for ack in open_run(run).acknowledgements() if ack.rank == killed]
     assert expired.status == "expired"
     assert f"rank {answered} applied it" in expired.detail
+
+
+DEBTOR = """
+from entropy_hooks import pulse
+
+broken = rank == 1
+def failing(objects, number, ack, original=pulse.acknowledge):
+    if broken:
+        raise OSError("no space left")
+    return original(objects, number, ack)
+pulse.acknowledge = failing
+with observe(job, run=run, every=1, steer=True, weight_alignment=False) as monitor:
+    while not everybody(monitor.phase == "compress"):
+        job.step()
+        assert len(job.losses) < 5000
+    applied = monitor.stats()
+    broken = False
+    while not everybody(len(list(Path(run, "control/acks").glob("*"))) == 2):
+        job.step()
+        assert len(job.losses) < 5000
+report(phase=applied.phase, step=applied.step, faults=applied.faults)
+dist.destroy_process_group()
+"""
+
+
+def test_a_rank_that_cannot_store_its_answer_keeps_step_with_the_others(run: Path) -> None:
+    processes = launch(DEBTOR, run, 0)
+    wait_until(lambda: (run / "attempts" / "000001.json").exists(), "the attempt", 60)
+    command(run, "compress")
+    reports = finish_all(processes)
+    assert [report["phase"] for report in reports] == ["compress", "compress"]
+    assert reports[0]["step"] == reports[1]["step"]
+    assert "acknowledgement_failed" in reports[1]["faults"]
+    acks = open_run(run).acknowledgements()
+    assert [ack.status for ack in acks] == ["applied", "applied"], "the answer came later"
+    assert len({ack.step for ack in acks}) == 1
+    phases: dict[int, set[str]] = {}
+    for frame in frames(run):
+        phases.setdefault(frame.step, set()).add(frame.phase)
+    assert all(len(found) == 1 for found in phases.values())
