@@ -146,6 +146,11 @@ def prepare(
     """
     config = load_config(run=run, hooks=options)
     _check(model, nn.Module, "model")
+    if isinstance(scripted := unwrap(model), torch.jit.ScriptModule):
+        raise ConfigError(
+            f"expected a model in Python; found {type(scripted).__name__}, which takes no hooks: "
+            "train and attach to the model that was given to torch.jit"
+        )
     optimizers = (optimizer,) if isinstance(optimizer, Optimizer) else _several(optimizer)
     if not optimizers:
         raise ConfigError("expected an optimizer; found an empty sequence: give those that train this model")

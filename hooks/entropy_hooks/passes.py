@@ -73,13 +73,13 @@ class Passes:
         """
         enter = self._guard(self._enter_part, always=True)
         for part in parts(self._target.model, self._target.taps):
-            self._part_handles.append(part.register_forward_pre_hook(enter))
+            self._part_handles.append(part.register_forward_pre_hook(enter.on(part)))
 
     def close_parts(self) -> None:
         """Have the parts left after all the layers' own hooks."""
         leave = self._guard(self._leave_part, always=True)
         for part in parts(self._target.model, self._target.taps):
-            self._part_handles.append(part.register_forward_hook(leave, always_call=True))
+            self._part_handles.append(part.register_forward_hook(leave.on(part), always_call=True))
 
     def remove(self) -> None:
         """Take everything away."""
