@@ -22,7 +22,7 @@ from entropy_hooks.faults import Faults
 from entropy_hooks.monitor import Monitor
 from entropy_hooks.ranks import agree_on_attempt, process_started, rank_and_world_size
 from entropy_hooks.session import Session
-from entropy_hooks.taps import find_taps, steered_layers, unwrap, unwrap_optimizer
+from entropy_hooks.taps import find_taps, steered_layers, takes_hooks, unwrap, unwrap_optimizer
 from entropy_hooks.target import Target
 from entropy_monitor import __version__
 from entropy_monitor.config import hooks_disabled, load_config
@@ -150,6 +150,11 @@ def prepare(
     """
     config = load_config(run=run, hooks=options)
     _check(model, nn.Module, "model")
+    if not takes_hooks(scripted := unwrap(model)):
+        raise ConfigError(
+            f"expected a model in Python; found {type(scripted).__name__}, which takes no hooks: "
+            "train and attach to the model that was given to torch.jit"
+        )
     optimizers = (optimizer,) if isinstance(optimizer, Optimizer) else _several(optimizer)
     if not optimizers:
         raise ConfigError("expected an optimizer; found an empty sequence: give those that train this model")

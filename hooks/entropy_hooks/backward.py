@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch.autograd.graph import GradientEdge
 
+from entropy_hooks.unscripted import forget_builtin, share_builtin
 from entropy_hooks.untraced import untraced
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ def listen(listener: BackwardListener) -> None:
         if not _listeners:
             _original = torch.autograd.backward
             _ours = torch.autograd.backward = _wrap(_original)
+            share_builtin(_ours, _original)
         _listeners.append(listener)
 
 
@@ -55,8 +57,9 @@ def unlisten(listener: BackwardListener) -> None:
         if listener in _listeners:
             _listeners.remove(listener)
         # If somebody wrapped our wrapper, theirs stays: with no listener left, ours only passes calls on.
-        if not _listeners and _original is not None and torch.autograd.backward is _ours:
+        if not _listeners and _original is not None and _ours is not None and torch.autograd.backward is _ours:
             torch.autograd.backward = _original
+            forget_builtin(_ours)
             _original = _ours = None
 
 

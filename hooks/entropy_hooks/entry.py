@@ -13,13 +13,10 @@ from typing import TYPE_CHECKING, Any
 from entropy_hooks.taps import wrappers
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from torch import nn
     from torch.utils.hooks import RemovableHandle
 
-    Enter = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]
-    Leave = Callable[[nn.Module, tuple[Any, ...], Any], None]
+    from entropy_hooks.guard import Guarded
 
 
 _IN_PLACE = "_compiled_call_impl"
@@ -29,7 +26,7 @@ _IN_PLACE = "_compiled_call_impl"
 class Entry:
     """Calls `enter` before and `leave` after the model runs, until `remove`."""
 
-    def __init__(self, called: nn.Module, model: nn.Module, enter: Enter, leave: Leave) -> None:
+    def __init__(self, called: nn.Module, model: nn.Module, enter: Guarded, leave: Guarded) -> None:
         self._called, self._model, self._enter, self._leave = called, model, enter, leave
         self._handles: list[RemovableHandle] = []
         self._in_place: tuple[nn.Module, Any, Any] | None = None
@@ -70,20 +67,21 @@ class Entry:
         # A wrapper that the user bypasses, or one that we were not given: whichever is called begins the pass.
         modules = [self._called] if self.compiled else list(dict.fromkeys([self._called, self._model]))
         for module in modules:
-            self._handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
-            self._handles.append(module.register_forward_hook(self._leave, always_call=True))
+            self._handles.append(module.register_forward_pre_hook(self._enter.on(module), with_kwargs=True))
+            self._handles.append(module.register_forward_hook(self._leave.on(module), always_call=True))
 
     def _wrap_compiled_call(self, module: nn.Module) -> None:
         """``module.compile()`` has put the hooks of the module itself inside the compiled region: stand around it."""
         original: Any = getattr(module, _IN_PLACE)
+        enter, leave = self._enter.on(module), self._leave.on(module)
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            self._enter(module, args, kwargs)
+            enter(module, args, kwargs)
             output = None
             try:
                 output = original(*args, **kwargs)
             finally:
-                self._leave(module, args, output)
+                leave(module, args, output)
             return output
 
         setattr(module, _IN_PLACE, call)

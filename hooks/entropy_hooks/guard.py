@@ -3,15 +3,66 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from entropy_hooks import unsaved, unscripted
+from entropy_hooks.placed import Placed
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
 
+    from torch import nn
+
     from entropy_hooks.faults import Faults
     from entropy_hooks.meter import Meter
+
+_is_compiling = torch.compiler.is_compiling
+_transform_level: Callable[[], int | None] = getattr(torch._C._functorch, "maybe_current_level", lambda: None)  # pyright: ignore
+"""None outside the transforms of `torch.func`; a private name of torch's."""
+
+
+class Hook(Placed):
+    """A hook on one module; the first argument of its action is that module.
+
+    In a graph that is being compiled it leaves no trace.
+    """
+
+    __slots__ = ("_always", "_guard")
+
+    def __init__(self, module: nn.Module, action: Callable[..., None], guard: Guard, *, always: bool) -> None:
+        super().__init__(module, action)
+        self._guard, self._always = guard, always
+
+    def __call__(self, owner: object, *args: Any) -> None:
+        """The module, or a copy of it, is called."""
+        if _is_compiling():
+            return
+        guard = self._guard
+        if (self._always or guard.active) and owner is self._owner and guard.observes():
+            guard.run(self._act, owner, *args)
+
+
+@dataclass(frozen=True, slots=True)
+class Guarded:
+    """An action that is yet to be placed."""
+
+    guard: Guard
+    action: Callable[..., None]
+    always: bool
+
+    def on(self, module: nn.Module) -> Hook:
+        """Place it.
+
+        Args:
+            module: whose hook it will be; for a copy of it, the hook does nothing.
+
+        Returns:
+            What to register, once.
+        """
+        return self.guard.place(module, self.action, always=self.always)
 
 
 class Guard:
@@ -21,9 +72,12 @@ class Guard:
         self._faults, self._meter = faults, meter
         self.active = False
         """Hooks that are not always called have something to do in this step."""
+        self.transformed = False
+        """The model has run inside a transform of `torch.func`, which is not observed."""
         self._silent = False
+        self._hooks: list[Hook] = []
 
-    def __call__(self, hook: Callable[..., None], *, always: bool = False) -> Callable[..., None]:
+    def __call__(self, hook: Callable[..., None], *, always: bool = False) -> Guarded:
         """Make a hook harmless.
 
         Args:
@@ -31,16 +85,46 @@ class Guard:
             always: also on a step on which hooks are not active.
 
         Returns:
-            The hook, which does nothing while silenced. In a graph that is being compiled it leaves no trace.
+            What makes a hook for each module.
         """
+        return Guarded(self, hook, always)
 
-        def guarded(*args: Any) -> None:
-            if torch.compiler.is_compiling():
-                return
-            if (always or self.active) and not self._silent:
-                self.run(hook, *args)
+    def place(self, module: nn.Module, action: Callable[..., None], *, always: bool) -> Hook:
+        """Make a hook for a module; see `Guarded.on`.
 
-        return guarded
+        Returns:
+            The hook.
+        """
+        unsaved.keep_out(type(module), self)
+        unscripted.keep_out(self)
+        hook = Hook(module, action, self, always=always)
+        self._hooks.append(hook)
+        return hook
+
+    def release(self) -> None:
+        """The hooks have been removed: any that is left in some copy is dead from now on."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        unsaved.release(self)
+        unscripted.release(self)
+
+    def observes(self) -> bool:
+        """Whether the module that runs now is run for its training, and by torch's own autograd.
+
+        Returns:
+            False while silenced, while `torch.jit.trace` records and inside `torch.func.grad`, `vmap` and the like.
+        """
+        if self._silent or torch._C._get_tracing_state() is not None:  # pyright: ignore
+            return False
+        if _transform_level() is not None:
+            if not self.transformed:
+                self.transformed = True
+                self._faults.count(
+                    "transformed", "the model runs inside torch.func (grad, vmap, ...): such passes are not observed"
+                )
+            return False
+        return True
 
     def run(self, action: Callable[..., object], *args: Any) -> None:
         """Call something of ours."""

@@ -12,6 +12,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils.hooks import unserializable_hook
 
 from entropy_hooks.capture import Capture, LinearSample
 from entropy_hooks.guard import Guard
@@ -74,14 +75,15 @@ class Observer:
         add = self._handles.append
         self.passes.open_parts()
         if self._embedding is not None:
-            add(self._embedding.register_forward_pre_hook(self.guard(self._see_tokens, always=True)))
+            see_tokens = self.guard(self._see_tokens, always=True).on(self._embedding)
+            add(self._embedding.register_forward_pre_hook(see_tokens))
         for name, module in taps.items():
-            add(module.register_forward_hook(self.guard(functools.partial(self._see_output, name))))
+            add(module.register_forward_hook(self.guard(functools.partial(self._see_output, name)).on(module)))
             if self._options.gradients and self._options.weight_alignment and self._options.observe == "training":
                 for inner in module.modules():
                     if writes_features(inner) is not None:
                         hook = self.guard(functools.partial(self._see_linear, name))
-                        self._linear_handles[name, inner] = inner.register_forward_hook(hook)
+                        self._linear_handles[name, inner] = inner.register_forward_hook(hook.on(inner))
         self.passes.close_parts()
 
     def remove(self) -> None:
@@ -91,6 +93,7 @@ class Observer:
             handle.remove()
         self._handles.clear()
         self._linear_handles.clear()
+        self.guard.release()
         self._eagerly.close()
         self.capture = None
 
@@ -272,7 +275,8 @@ class Observer:
             if capture.sample is not None and wanted():
                 store(capture.sample.select(capture.axes[layer].sequences(gradient.detach())))
 
-        return functools.partial(self.guard.run, record)
+        # Who saves this activation is not warned of our hook on it.
+        return unserializable_hook(functools.partial(self.guard.run, record))
 
     # ---- steering ----------------------------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch.utils import _pytree as pytree
+from torch.utils.hooks import unserializable_hook
 
 from entropy_hooks import backward
 from entropy_hooks.entry import Entry
@@ -104,13 +105,13 @@ class Passes:
         """
         enter = self._guard(self._enter_part, always=True)
         for part in parts(self._target.model, self._target.taps):
-            self._part_handles.append(part.register_forward_pre_hook(enter))
+            self._part_handles.append(part.register_forward_pre_hook(enter.on(part)))
 
     def close_parts(self) -> None:
         """Have the parts left after all the layers' own hooks."""
         leave = self._guard(self._leave_part, always=True)
         for part in parts(self._target.model, self._target.taps):
-            self._part_handles.append(part.register_forward_hook(leave, always_call=True))
+            self._part_handles.append(part.register_forward_hook(leave.on(part), always_call=True))
 
     def remove(self) -> None:
         """Take everything away."""
@@ -177,7 +178,8 @@ class Passes:
         for leaf in leaves:
             # What has no history of its own (a parameter) would keep the hook for ever.
             if isinstance(leaf, torch.Tensor) and leaf.grad_fn is not None:
-                leaf.register_hook(functools.partial(self._announced, current))
+                # Who saves this output is not warned of our hook on it.
+                leaf.register_hook(unserializable_hook(functools.partial(self._announced, current)))
                 current.announced = True
 
     def _remove_parts(self) -> None:

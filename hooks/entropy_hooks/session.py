@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import socket
 import time
@@ -28,8 +29,6 @@ from entropy_hooks.writer import Writer
 from entropy_monitor.types import PHASES
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from entropy_hooks.cost import Clock
     from entropy_hooks.faults import Faults
     from entropy_hooks.host import Slot
@@ -79,7 +78,9 @@ class Session:
         self._probe: ProbeSampler | None = None
         if options.exact_alignment_every or options.observe == "probe":
             self._probe = ProbeSampler(target, self._observer, options, faults)
-        self._boundary = StepBoundary(target.optimizers, self._guard(self._before_step), self._guard(self._after_step))
+        run_guarded = self._observer.guard.run
+        before, after = (functools.partial(run_guarded, act) for act in (self._before_step, self._after_step))
+        self._boundary = StepBoundary(target.optimizers, before, after)
         self._observer.passes.on_forward = self._boundary.begin_forward
 
     def overhead(self, clock: Clock | None = None) -> Overhead:
@@ -108,16 +109,6 @@ class Session:
         """Leave model, optimizer and autograd as they were."""
         self._boundary.remove()
         self._observer.remove()
-
-    def _guard(self, hook: Callable[[], None]) -> Callable[..., None]:
-        def guarded(*args: Any) -> None:
-            with self.meter:
-                try:
-                    hook()
-                except Exception as error:
-                    self._faults.count("hook_error", error)
-
-        return guarded
 
     # ---- the step boundary -------------------------------------------------------------------------------------------
 
@@ -263,7 +254,8 @@ class Session:
                 f"{micro_batches.count}, an epoch's end?: this step has no frame, the next ones are watched closely",
             )
             return
-        if self._observer.replays or (capture is not None and capture.too_short):
+        known = self._observer.replays or self._observer.guard.transformed
+        if known or (capture is not None and capture.too_short):
             return  # counted where it was met
         entry = self._observer.passes.entry
         # Compiled since the step began: it is observed from the next one on.

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from torch.utils.hooks import unserializable_hook
+
 from entropy_monitor.estimators import patch_matrix_entropy_gradient
 from entropy_monitor.types import PATCH_LENGTH
 
@@ -38,6 +40,7 @@ class Injector:
         seen, version = z.detach(), z._version
         early = batch_entropy_gradient(seen, axes) if self._early else None
 
+        @unserializable_hook  # who saves this activation is not warned of our hook on it
         def add(gradient: torch.Tensor) -> torch.Tensor | None:
             try:
                 factor = scale()

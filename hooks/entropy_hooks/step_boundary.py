@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from entropy_hooks import unsaved
+from entropy_hooks.placed import Placed
 from entropy_hooks.untraced import untraced
 
 if TYPE_CHECKING:
@@ -24,15 +26,26 @@ class StepBoundary:
         self._before, self._after = before, after
         self._awaited = self._all = frozenset(map(id, optimizers))
         self._handles: list[RemovableHandle] = []
+        self._hooks: list[Placed] = []
         for optimizer in optimizers:
-            self._handles.append(optimizer.register_step_pre_hook(untraced(self._enter)))
-            self._handles.append(optimizer.register_step_post_hook(untraced(self._leave)))
+            self._handles.append(optimizer.register_step_pre_hook(self._place(optimizer, self._enter)))
+            self._handles.append(optimizer.register_step_post_hook(self._place(optimizer, self._leave)))
 
     def remove(self) -> None:
         """Take the hooks away."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        unsaved.release(self)
+
+    def _place(self, optimizer: Optimizer, act: Callable[..., None]) -> Placed:
+        unsaved.keep_out(type(optimizer), self)
+        hook = Placed(optimizer, untraced(act))
+        self._hooks.append(hook)
+        return hook
 
     def begin_forward(self) -> None:
         """A training pass begins."""

@@ -65,10 +65,10 @@ def find_taps(model: nn.Module, layers: Sequence[str] | None) -> dict[str, nn.Mo
             modules, else the top-level children (of the sole child, where only one has parameters).
 
     Returns:
-        Name to module, in model order.
+        Name to module, in model order; modules that `torch.jit.script` has made, which take no hooks, are left out.
 
     Raises:
-        ConfigError: a name or glob matches nothing, or the model has no submodules.
+        ConfigError: a name or glob matches nothing, or the model has no submodules that take hooks.
     """
     if layers is not None:
         return _matching(model, layers)
@@ -79,7 +79,8 @@ def find_taps(model: nn.Module, layers: Sequence[str] | None) -> dict[str, nn.Mo
     taps: dict[str, nn.Module] = {**recurrent} or _children(model)
     if not taps:
         raise ConfigError(
-            f"expected a model with submodules to observe; found {type(model).__name__} without any: give its parent"
+            f"expected a model with submodules in Python to observe; found {type(model).__name__} without any: "
+            "give its parent"
         )
     return taps
 
@@ -88,9 +89,18 @@ def _residual_blocks(model: nn.Module) -> dict[str, nn.Module]:
     longest: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         same_class = isinstance(module, nn.ModuleList) and len({type(child) for child in module}) == 1
-        if same_class and len(module) > max(1, len(longest)):  # type: ignore[arg-type]
+        if same_class and takes_hooks(module[0]) and len(module) > max(1, len(longest)):  # type: ignore[arg-type,index]
             longest = {f"{name}.{index}": child for index, child in enumerate(module)}  # type: ignore[arg-type]
     return longest
+
+
+def takes_hooks(module: nn.Module) -> bool:
+    """Whether a module is in Python; one that `torch.jit` has made refuses hooks.
+
+    Returns:
+        True or False.
+    """
+    return not isinstance(module, torch.jit.ScriptModule)
 
 
 def parts(model: nn.Module, taps: Collection[str]) -> list[nn.Module]:
@@ -112,12 +122,16 @@ def parts(model: nn.Module, taps: Collection[str]) -> list[nn.Module]:
     return [
         module
         for name, module in model.named_modules()
-        if name in names and not isinstance(module, nn.ModuleList | nn.ModuleDict)
+        if name in names and takes_hooks(module) and not isinstance(module, nn.ModuleList | nn.ModuleDict)
     ]
 
 
 def _children(model: nn.Module, prefix: str = "") -> dict[str, nn.Module]:
-    children = {f"{prefix}{name}": child for name, child in model.named_children() if not _is_loss_or_metric(child)}
+    children = {
+        f"{prefix}{name}": child
+        for name, child in model.named_children()
+        if takes_hooks(child) and not _is_loss_or_metric(child)
+    }
     trained = [name for name, child in children.items() if next(child.parameters(), None) is not None]
     if len(trained) == 1 and (inner := _children(children[trained[0]], f"{trained[0]}.")):
         return inner
@@ -135,7 +149,7 @@ def _is_loss_or_metric(module: nn.Module) -> bool:
 
 
 def _matching(model: nn.Module, layers: Sequence[str]) -> dict[str, nn.Module]:
-    modules = {name: module for name, module in model.named_modules() if name}
+    modules = {name: module for name, module in model.named_modules() if name and takes_hooks(module)}
     chosen = {name for pattern in layers for name in modules if fnmatchcase(name, pattern)}
     missing = [pattern for pattern in layers if not any(fnmatchcase(name, pattern) for name in modules)]
     if missing or not chosen:

@@ -1,0 +1,67 @@
+"""A hook that acts for the one module or optimizer on which it was placed, and how to see an object without ours.
+
+However a model is copied, its copy takes the hooks along (a shallow copy even shares their dictionary). In a copy ours
+do nothing; and where one is pickled or deep-copied nevertheless, something of Python's own takes its place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+_COMPANIONS = {
+    "_forward_hooks": ("_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+    "_forward_pre_hooks": ("_forward_pre_hooks_with_kwargs",),
+    "_optimizer_step_pre_hooks": (),
+    "_optimizer_step_post_hooks": (),
+}
+"""Where torch keeps the hooks that we place, and where it notes under the same keys how to call them."""
+
+
+class Placed:
+    """Calls `act` for `owner` alone, until `remove`."""
+
+    __slots__ = ("_act", "_owner")
+
+    def __init__(self, owner: object, act: Callable[..., None]) -> None:
+        self._owner, self._act = owner, act
+
+    def __call__(self, owner: object, *args: Any) -> None:
+        """The owner, or a copy of it, is called."""
+        if owner is self._owner:
+            self._act(owner, *args)
+
+    def remove(self) -> None:
+        """Do nothing any more, wherever a reference is left."""
+        self._owner = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled or deep-copied: a callable that takes anything and does nothing, and that every Python can load.
+
+        Returns:
+            What makes it.
+        """
+        return getattr, (contextlib.nullcontext(), "__exit__")
+
+
+def without_ours(attributes: Mapping[str, Any]) -> dict[int, OrderedDict[int, Any]]:
+    """The hooks of a module or optimizer as they are without us.
+
+    Args:
+        attributes: its ``__dict__``.
+
+    Returns:
+        By the id of a dictionary that names a hook of ours, its twin that does not; empty where there is none.
+    """
+    twins: dict[int, OrderedDict[int, Any]] = {}
+    for name, companions in _COMPANIONS.items():
+        hooks: Mapping[int, Any] = attributes.get(name) or {}
+        if ours := {key for key, hook in hooks.items() if isinstance(hook, Placed)}:
+            for each in (name, *companions):
+                found = attributes[each]
+                twins[id(found)] = OrderedDict((key, value) for key, value in found.items() if key not in ours)
+    return twins
