@@ -204,7 +204,7 @@ def _tell_ignored(existing: Monitor, config: MonitorConfig) -> None:
     elsewhere = config.run is not None and str(Path(config.run).resolve()) != existing.run_url
     if asked != existing.options or elsewhere:
         logger.warning(
-            "expected a model that nobody observes; found it observed in %s: this attach changes nothing, detach() first",
+            "expected a model that is not observed; found one that is, in %s: detach() first, nothing is changed",
             existing.run_url,
         )
 
