@@ -9,7 +9,6 @@ import platform
 import socket
 import sys
 import time
-import weakref
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +18,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from entropy_hooks.faults import Faults
-from entropy_hooks.monitor import Monitor
+from entropy_hooks.monitor import Monitor, live_monitors
 from entropy_hooks.ranks import agree_on_attempt, process_started, rank_and_world_size
 from entropy_hooks.session import Session
 from entropy_hooks.taps import find_taps, steered_layers, takes_hooks, unwrap, unwrap_optimizer
@@ -37,7 +36,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("entropy_hooks")
 
-_monitors: weakref.WeakKeyDictionary[nn.Module, Monitor] = weakref.WeakKeyDictionary()
 _processes: set[int] = set()
 """Processes that have opened a store: TensorStore aborts a fork of one that uses it again."""
 
@@ -99,8 +97,8 @@ class Prepared:
         if (existing := observed_by(self.target.model)) is not None:
             return existing
         options = self.options if start_step is None else replace(self.options, start_step=start_step)
-        monitor = _monitors[self.target.model] = Monitor(options, self.faults, self.opened.objects.url)
-        monitor.model_name, monitor.layers = type(self.target.model).__name__, tuple(self.target.taps)
+        monitor = Monitor(options, self.faults, self.opened.objects.url)
+        monitor.model_name, monitor.layers = type(self.target.model).__name__, self.target.layers
         monitor.begin(Session(self.opened, self.place, self.target, options, monitor.phase_control, self.faults))
         return monitor
 
@@ -111,17 +109,8 @@ def observed_by(model: nn.Module) -> Monitor | None:
     Returns:
         The monitor, or None.
     """
-    existing = _monitors.get(unwrap(model))
-    return existing if existing is not None and existing.enabled else None
-
-
-def live_monitors() -> list[Monitor]:
-    """Those that observe a model of this process.
-
-    Returns:
-        The monitors, in no particular order.
-    """
-    return [monitor for monitor in list(_monitors.values()) if monitor.enabled]
+    inner = unwrap(model)
+    return next((monitor for monitor in live_monitors() if monitor.observes(inner)), None)
 
 
 def prepare(
@@ -242,7 +231,7 @@ def _record(target: Target, options: MonitorOptions, world_size: int) -> dict[st
         },
         "model": type(target.model).__name__,
         "num_parameters": sum(parameter.numel() for parameter in target.model.parameters()),
-        "layers": list(target.taps),
+        "layers": list(target.layers),
         "steered_layers": list(target.steered),
         "options": asdict(options),
         "total_steps": options.total_steps,

@@ -6,17 +6,22 @@ was there before would become part of the graph, and either might cost a recompi
 
 from __future__ import annotations
 
+import functools
 import gc
 import sys
+import weakref
 from typing import TYPE_CHECKING, Any
 
 from entropy_hooks.taps import wrappers
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import nn
     from torch.utils.hooks import RemovableHandle
 
     from entropy_hooks.guard import Guarded
+    from entropy_hooks.target import Target
 
 
 _IN_PLACE = "_compiled_call_impl"
@@ -26,13 +31,13 @@ _IN_PLACE = "_compiled_call_impl"
 class Entry:
     """Calls `enter` before and `leave` after the model runs, until `remove`."""
 
-    def __init__(self, called: nn.Module, model: nn.Module, enter: Guarded, leave: Guarded) -> None:
-        self._called, self._model, self._enter, self._leave = called, model, enter, leave
+    def __init__(self, target: Target, enter: Guarded, leave: Guarded) -> None:
+        self._target, self._enter, self._leave = target, enter, leave
         self._handles: list[RemovableHandle] = []
-        self._in_place: tuple[nn.Module, Any, Any] | None = None
-        self.compiled = is_compiled(called, model)
+        self._restore: Callable[[], None] | None = None
+        self.compiled = is_compiled(target.called, target.model)
         """All or a part of the model runs as a compiled graph."""
-        self._place()
+        self._place(target.called)
 
     def look_again(self) -> bool:
         """The model was not seen where it was expected: it may have been compiled since.
@@ -40,13 +45,13 @@ class Entry:
         Returns:
             Whether it has been, and is now entered elsewhere.
         """
-        outer = compiled_wrapper(self._model)
-        if outer is None and not is_compiled(self._called, self._model):
+        model, called = self._target.model, self._target.called
+        outer = compiled_wrapper(model)
+        if outer is None and not is_compiled(called, model):
             return False
         self.remove()
-        self._called = self._called if outer is None else outer
         self.compiled = True
-        self._place()
+        self._place(called if outer is None else outer)
         return True
 
     def remove(self) -> None:
@@ -54,18 +59,16 @@ class Entry:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        if self._in_place is not None:
-            module, original, ours = self._in_place
-            if getattr(module, _IN_PLACE) is ours:  # else somebody has compiled it anew, or wrapped ours
-                setattr(module, _IN_PLACE, original)
-            self._in_place = None
+        if self._restore is not None:
+            self._restore()
+            self._restore = None
 
-    def _place(self) -> None:
-        if getattr(self._called, _IN_PLACE, None) is not None:
-            self._wrap_compiled_call(self._called)
+    def _place(self, called: nn.Module) -> None:
+        if getattr(called, _IN_PLACE, None) is not None:
+            self._wrap_compiled_call(called)
             return
         # A wrapper that the user bypasses, or one that we were not given: whichever is called begins the pass.
-        modules = [self._called] if self.compiled else list(dict.fromkeys([self._called, self._model]))
+        modules = [called] if self.compiled else list(dict.fromkeys([called, self._target.model]))
         for module in modules:
             self._handles.append(module.register_forward_pre_hook(self._enter.on(module), with_kwargs=True))
             self._handles.append(module.register_forward_hook(self._leave.on(module), always_call=True))
@@ -75,17 +78,27 @@ class Entry:
         original: Any = getattr(module, _IN_PLACE)
         enter, leave = self._enter.on(module), self._leave.on(module)
 
+        owner = weakref.ref(module)
+
+        @functools.wraps(original)
         def call(*args: Any, **kwargs: Any) -> Any:
-            enter(module, args, kwargs)
+            enter(owner(), args, kwargs)
             output = None
             try:
                 output = original(*args, **kwargs)
             finally:
-                leave(module, args, output)
+                leave(owner(), args, output)
             return output
 
         setattr(module, _IN_PLACE, call)
-        self._in_place = (module, original, call)
+        self._restore = functools.partial(_unwrap_compiled_call, owner, weakref.ref(call))
+
+
+def _unwrap_compiled_call(module: Callable[[], nn.Module | None], ours: Callable[[], Any]) -> None:
+    found, call = module(), ours()
+    if found is not None and call is not None and getattr(found, _IN_PLACE) is call:
+        setattr(found, _IN_PLACE, call.__wrapped__)
+    # else the module is gone, or somebody has compiled it anew or wrapped ours
 
 
 def is_compiled(called: nn.Module, model: nn.Module) -> bool:

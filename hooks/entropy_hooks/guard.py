@@ -41,7 +41,7 @@ class Hook(Placed):
         if _is_compiling():
             return
         guard = self._guard
-        if (self._always or guard.active) and owner is self._owner and guard.observes():
+        if (self._always or guard.active) and owner is self._owner() and guard.observes():
             guard.run(self._act, owner, *args)
 
 

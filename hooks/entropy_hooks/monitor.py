@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import atexit
+import functools
 import os
+import threading
 import weakref
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Self
 
 from entropy_hooks import backward
 from entropy_hooks.phase import PhaseControl
+from entropy_hooks.process_end import at_process_end
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from types import TracebackType
+
+    from torch import nn
 
     from entropy_hooks.faults import Faults
     from entropy_hooks.session import Session
@@ -64,6 +68,8 @@ class Monitor:
         self.phase_control = PhaseControl(faults)
         self._session: Session | None = None
         self._last_stats: MonitorStats | None = None
+        self._closing = threading.Lock()
+        self._forget_at_end: Callable[[], None] = _nothing
 
     def __repr__(self) -> str:
         return f"Monitor(run={self.run_url!r}, enabled={self.enabled}, step={self.stats().step})"
@@ -133,9 +139,21 @@ class Monitor:
     def begin(self, session: Session) -> None:
         """Start an attachment; `attach` calls this once."""
         self._session = session
-        session.start()
-        atexit.register(self.close, EXIT_TIMEOUT_S)
+        session.start(when_over=self._begin_to_close)
+        self._forget_at_end = at_process_end(functools.partial(self.close, EXIT_TIMEOUT_S))
         _live.add(self)
+
+    def observes(self, model: nn.Module) -> bool:
+        """Whether it observes this model.
+
+        Args:
+            model: unwrapped.
+
+        Returns:
+            False also when it observes nothing any more.
+        """
+        session = self._session
+        return session is not None and session.observes(model)
 
     def detach(self) -> None:
         """Remove every hook, write what is queued and say goodbye; calling it again does nothing."""
@@ -148,20 +166,27 @@ class Monitor:
 
     def close(self, timeout_s: float) -> None:
         """`detach`, with a limit on how long the disk may take."""
-        session = self._session
-        if session is None:
+        if not self.enabled or not self._closing.acquire(timeout=timeout_s):
             return
-        atexit.unregister(self.close)
-        session.close(timeout_s)
-        self._last_stats = self.stats()
-        self._session = None
+        try:
+            if (session := self._session) is not None:
+                self._forget_at_end()
+                session.close(timeout_s)
+                self._last_stats = self.stats()
+                self._session = None
+        finally:
+            self._closing.release()
+
+    def _begin_to_close(self) -> None:
+        """The model is gone; this is the thread that `close` waits for."""
+        threading.Thread(target=self.detach, name="entropy-close", daemon=True).start()
 
     def leave_to_parent(self) -> None:
         """In a forked child: remove the hooks and nothing else; threads, queue and run are the parent's."""
         self._faults.forget_threads()
         session, self._session = self._session, None
         if session is not None:
-            atexit.unregister(self.close)
+            self._forget_at_end()
             session.remove_hooks()
 
     def __enter__(self) -> Self:
@@ -180,6 +205,19 @@ class Monitor:
 
 
 _live: weakref.WeakSet[Monitor] = weakref.WeakSet()
+
+
+def live_monitors() -> list[Monitor]:
+    """Those that observe a model of this process.
+
+    Returns:
+        The monitors, in no particular order.
+    """
+    return [monitor for monitor in list(_live) if monitor.enabled]
+
+
+def _nothing() -> None:
+    """What is to be done before anything has begun."""
 
 
 def _leave_to_parent() -> None:

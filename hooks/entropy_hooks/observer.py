@@ -25,7 +25,7 @@ from entropy_hooks.undisturbed import run_eagerly
 from entropy_hooks.weight_space import writes_features
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
 
     from torch import nn
     from torch.utils.hooks import RemovableHandle
@@ -61,29 +61,30 @@ class Observer:
         self._hooked: set[str] = set()
         self._running: dict[str, dict[int, LinearSample]] = {}
         self._handles: list[RemovableHandle] = []
-        self._linear_handles: dict[tuple[str, nn.Module], RemovableHandle] = {}
-        self._embedding = first_embedding(target.model)
+        self._linear_handles: dict[tuple[str, int], RemovableHandle] = {}
+        """By layer and the id of the linear module."""
+        self._has_tokens = first_embedding(target.model) is not None
         self.replay = Replay(target, options, faults)
         self.passes = Passes(target, self, self.guard, faults)
         self._micro = self.passes.micro_batches
         if not self.passes.compiled or options.steer:
-            self._install(target.taps)
+            self._install(target)
 
     # ---- installation ------------------------------------------------------------------------------------------------
 
-    def _install(self, taps: Mapping[str, nn.Module]) -> None:
+    def _install(self, target: Target) -> None:
         add = self._handles.append
         self.passes.open_parts()
-        if self._embedding is not None:
-            see_tokens = self.guard(self._see_tokens, always=True).on(self._embedding)
-            add(self._embedding.register_forward_pre_hook(see_tokens))
-        for name, module in taps.items():
+        if (embedding := first_embedding(target.model)) is not None:
+            see_tokens = self.guard(self._see_tokens, always=True).on(embedding)
+            add(embedding.register_forward_pre_hook(see_tokens))
+        for name, module in target.taps.items():
             add(module.register_forward_hook(self.guard(functools.partial(self._see_output, name)).on(module)))
             if self._options.gradients and self._options.weight_alignment and self._options.observe == "training":
                 for inner in module.modules():
                     if writes_features(inner) is not None:
                         hook = self.guard(functools.partial(self._see_linear, name))
-                        self._linear_handles[name, inner] = inner.register_forward_hook(hook.on(inner))
+                        self._linear_handles[name, id(inner)] = inner.register_forward_hook(hook.on(inner))
         self.passes.close_parts()
 
     def remove(self) -> None:
@@ -136,7 +137,7 @@ class Observer:
         self._eagerly.close()  # a pass that raised may have left it open
         if self.weight:
             self._eagerly.enter_context(run_eagerly())
-        elif self._embedding is not None:
+        elif self._has_tokens:
             ids = first_tensor(args) if args else first_tensor(kwargs)
             if ids is not None and not ids.is_floating_point():
                 self.num_tokens += ids.numel()
@@ -172,7 +173,7 @@ class Observer:
 
     def _keep_only_last_linears(self, capture: Capture) -> None:
         """After the first observed pass it is known which linear layer writes into each block: unhook the others."""
-        last = {(name, linear.module) for name, linear in capture.linears.items()}
+        last = {(name, id(linear.module)) for name, linear in capture.linears.items()}
         # A block that was skipped in this pass (layer dropout) has yet to show which of its layers it is.
         for key in [key for key in self._linear_handles if key[0] in capture.linears and key not in last]:
             self._linear_handles.pop(key).remove()

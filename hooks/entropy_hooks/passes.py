@@ -89,7 +89,7 @@ class Passes:
         self.on_forward: Callable[[], None] | None = None
         """Is called before the listener when a training pass begins."""
         enter, leave = guard(self._enter, always=True), guard(self._leave, always=True)
-        self.entry = Entry(target.called, target.model, enter, leave)
+        self.entry = Entry(target, enter, leave)
         backward.listen(self)
 
     @property
@@ -191,6 +191,8 @@ class Passes:
     def before_backward(self, roots: tuple[Any, ...], gradients: Any) -> None:
         """A backward pass from `roots` begins; see `backward.BackwardListener`."""
         current, thread = self.current, threading.get_ident()
+        if self._target.is_gone:
+            return
         if current is None or current.thread == thread:
             self._guard.run(self._begin_backward, thread, roots, gradients)
 

@@ -15,11 +15,12 @@ from entropy_hooks.undisturbed import is_sharded, undisturbed
 from entropy_hooks.watch import Watch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Mapping
+    from collections.abc import Callable, Generator
 
     from torch import nn
 
     from entropy_hooks.faults import Faults
+    from entropy_hooks.target import Target
     from entropy_hooks.watch import LayerRun
 
 
@@ -34,19 +35,16 @@ class ProbeRun:
 class Probe:
     """Runs the model on the fixed batch, undisturbed; owned by the training thread."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        taps: Mapping[str, nn.Module],
-        function: Callable[[nn.Module], torch.Tensor] | None,
-        token_dim: int | None,
-        faults: Faults,
-    ) -> None:
-        self.model, self._taps, self._function = model, taps, function
-        self._token_dim, self._faults = token_dim, faults
+    def __init__(self, target: Target, token_dim: int | None, faults: Faults) -> None:
+        self._target, self._function, self._token_dim, self._faults = target, target.probe, token_dim, faults
         self._inputs: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         self.usable = True
         """False once it is known that this model cannot be probed."""
+
+    @property
+    def model(self) -> nn.Module:
+        """The user's module, unwrapped."""
+        return self._target.model
 
     def keep_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Without a function of the user's, the first training batch is the probe; never raises."""
@@ -85,7 +83,7 @@ class Probe:
             yield self._forward(see)
 
     def _forward(self, see: Callable[[LayerRun], None]) -> ProbeRun | None:
-        watch = Watch(self.model, self._taps, self._token_dim, see, self._faults)
+        watch = Watch(self.model, self._target.taps, self._token_dim, see, self._faults)
         try:
             if self._function is not None:
                 output: Any = self._function(self.model)

@@ -31,8 +31,8 @@ class ProbeSampler:
 
     def __init__(self, target: Target, observer: Observer, options: MonitorOptions, faults: Faults) -> None:
         self._observer, self._options, self._faults = observer, options, faults
-        self._layers = tuple(target.taps)
-        self._probe = Probe(target.model, target.taps, target.probe, options.token_dim, faults)
+        self._layers = target.layers
+        self._probe = Probe(target, options.token_dim, faults)
         observer.on_inputs = self._probe.keep_inputs
         self._sample: PatchSample | None = None
         """The patches, drawn at the first look and kept: curves carry no noise from the choice of tokens."""

@@ -52,11 +52,12 @@ class Pulse:
         *,
         steer: bool,
         fields: Callable[[], Mapping[str, Any]],
+        is_over: Callable[[], bool],
         faults: Faults,
     ) -> None:
         self._objects, self._run_id = run.objects, run.run_id
         attempt, self._rank, self._world_size = place
-        self._steer, self._fields, self._faults = steer, fields, faults
+        self._steer, self._fields, self._is_over, self._faults = steer, fields, is_over, faults
         self._key = os.environ.get("ENTROPY_MONITOR_KEY")
         self._stop = threading.Event()
         self._answered: set[int] | None = None
@@ -68,8 +69,13 @@ class Pulse:
         self._owed: deque[tuple[int, Acknowledgement]] = deque()
         self._thread = threading.Thread(target=self._work, name="entropy-pulse", daemon=True)
 
-    def start(self) -> None:
-        """Start the thread, whose first act is a heartbeat: the training thread never waits for the store here."""
+    def start(self, when_over: Callable[[], None]) -> None:
+        """Start the thread, whose first act is a heartbeat: the training thread never waits for the store here.
+
+        Args:
+            when_over: is called once, on this thread, when nobody can train the model any more.
+        """
+        self._when_over = when_over
         self._thread.start()
 
     def stop(self, timeout_s: float) -> None:
@@ -107,6 +113,9 @@ class Pulse:
         next_beat = time.monotonic() + PERIOD_S
         while not self._stop.wait(COMMAND_PERIOD_S):
             due = time.monotonic() >= next_beat
+            if due and self._is_over():
+                self._when_over()
+                return
             if due:  # first: commands that cannot be read must not make the trainer look dead
                 self._beat()
                 next_beat = time.monotonic() + PERIOD_S

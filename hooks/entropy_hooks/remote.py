@@ -13,8 +13,9 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any
 
-from entropy_hooks.attach import Prepared, live_monitors, prepare
+from entropy_hooks.attach import Prepared, prepare
 from entropy_hooks.discovery import Found, Search, Seen, choose
+from entropy_hooks.monitor import live_monitors
 from entropy_hooks.ranks import rank_and_world_size
 from entropy_hooks.training_thread import AtNextBackward, do_at_safe_point
 from entropy_monitor.config import hooks_disabled, load_config
@@ -74,7 +75,7 @@ def _carry_out(request: Mapping[str, Any]) -> Answer:
         raise ConfigError(
             f"expected a verb among {', '.join(verbs)}; found {verb!r}: use the same version on both sides"
         )
-    if verb == "ping":
+    if verb == "ping":  # also while another request is under way
         return _ping(request)
     if not _busy.acquire(blocking=False):
         raise RefusedError("expected no other request; found one under way: wait for its answer")

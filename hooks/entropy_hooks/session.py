@@ -29,6 +29,10 @@ from entropy_hooks.writer import Writer
 from entropy_monitor.types import PHASES
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import nn
+
     from entropy_hooks.cost import Clock
     from entropy_hooks.faults import Faults
     from entropy_hooks.host import Slot
@@ -65,7 +69,7 @@ class Session:
         self.cadence = Cadence(options.every, options.max_overhead, self._costs, lambda: share_notes(notes), faults)
         self._ring = Ring()
         self._scalars = ScalarsBatch(self._ring)
-        self._assembler = FrameAssembler(options, tuple(target.taps), self._ring, faults)
+        self._assembler = FrameAssembler(options, target.layers, self._ring, faults)
         self._sampled = False
         """The step under way is sampled."""
         self._observed: ObservedPass | None = None
@@ -73,25 +77,42 @@ class Session:
         """This step's exact alignment, if it is audited."""
         self.writer = Writer(run.objects, self._rank, self.attempt, options.keep, self._ring, faults)
         ranks = (self.attempt, self._rank, rank_and_world_size()[1])
-        self._pulse = Pulse(run, ranks, steer=options.steer, fields=self._heartbeat, faults=faults)
+        self._pulse = Pulse(
+            run, ranks, steer=options.steer, fields=self._heartbeat, is_over=lambda: target.is_gone, faults=faults
+        )
         self._observer = Observer(target, options, faults, self.meter)
         self._probe: ProbeSampler | None = None
         if options.exact_alignment_every or options.observe == "probe":
             self._probe = ProbeSampler(target, self._observer, options, faults)
         run_guarded = self._observer.guard.run
         before, after = (functools.partial(run_guarded, act) for act in (self._before_step, self._after_step))
-        self._boundary = StepBoundary(target.optimizers, before, after)
+        self._boundary = StepBoundary(target, before, after)
         self._observer.passes.on_forward = self._boundary.begin_forward
 
     def overhead(self, clock: Clock | None = None) -> Overhead:
         """What observing costs, see `cost.overhead`."""
         return overhead(self._costs, self.meter, self.cadence.every, clock)
 
-    def start(self) -> None:
-        """Start the threads, and sample the first step if it is due."""
+    def start(self, when_over: Callable[[], None]) -> None:
+        """Start the threads, and sample the first step if it is due.
+
+        Args:
+            when_over: is called once, on a thread of ours, when nobody can train the model any more.
+        """
         self._begin_step()
         self.writer.start()
-        self._pulse.start()
+        self._pulse.start(when_over)
+
+    def observes(self, model: nn.Module) -> bool:
+        """Whether it is this one.
+
+        Args:
+            model: unwrapped.
+
+        Returns:
+            True or False.
+        """
+        return self._target.is_model(model)
 
     def close(self, timeout_s: float) -> None:
         """Remove the hooks, write what is queued, say goodbye.

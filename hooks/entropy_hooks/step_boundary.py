@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import TYPE_CHECKING, Any
 
 from entropy_hooks import unsaved
@@ -9,10 +10,13 @@ from entropy_hooks.placed import Placed
 from entropy_hooks.untraced import untraced
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
+    from torch import nn
     from torch.optim import Optimizer
     from torch.utils.hooks import RemovableHandle
+
+    from entropy_hooks.target import Target
 
 
 class StepBoundary:
@@ -22,14 +26,15 @@ class StepBoundary:
     them steps every second time): the others sit it out.
     """
 
-    def __init__(self, optimizers: Sequence[Optimizer], before: Callable[[], None], after: Callable[[], None]) -> None:
+    def __init__(self, target: Target, before: Callable[[], None], after: Callable[[], None]) -> None:
         self._before, self._after = before, after
-        self._awaited = self._all = frozenset(map(id, optimizers))
+        self._awaited = self._all = frozenset(map(id, target.optimizers))
         self._handles: list[RemovableHandle] = []
-        self._hooks: list[Placed] = []
-        for optimizer in optimizers:
-            self._handles.append(optimizer.register_step_pre_hook(self._place(optimizer, self._enter)))
-            self._handles.append(optimizer.register_step_post_hook(self._place(optimizer, self._leave)))
+        self._hooks: weakref.WeakSet[Placed] = weakref.WeakSet()
+        for optimizer in target.optimizers:
+            enter, leave = (self._place(optimizer, act, target.model) for act in (self._enter, self._leave))
+            self._handles.append(optimizer.register_step_pre_hook(enter))
+            self._handles.append(optimizer.register_step_post_hook(leave))
 
     def remove(self) -> None:
         """Take the hooks away."""
@@ -41,10 +46,11 @@ class StepBoundary:
         self._hooks.clear()
         unsaved.release(self)
 
-    def _place(self, optimizer: Optimizer, act: Callable[..., None]) -> Placed:
+    def _place(self, optimizer: Optimizer, act: Callable[..., None], model: nn.Module) -> Placed:
         unsaved.keep_out(type(optimizer), self)
-        hook = Placed(optimizer, untraced(act))
-        self._hooks.append(hook)
+        # `attach(nn.ModuleDict({...}), ...)`: a container that nobody else keeps lives as long as what trains it.
+        hook = Placed(optimizer, untraced(act), keeps=model)
+        self._hooks.add(hook)
         return hook
 
     def begin_forward(self) -> None:

@@ -215,5 +215,5 @@ def test_a_second_attach_that_asks_for_something_else_is_told(tmp_path: Path, ca
         assert attach(job.model, job.optimizer, run=tmp_path / "run", every=5, steer=True) is monitor
         assert attach(job.model, job.optimizer, run=tmp_path / "other", every=5) is monitor
     assert len(caplog.records) == 2
-    assert all("changes nothing" in record.getMessage() for record in caplog.records)
+    assert all("nothing is changed" in record.getMessage() for record in caplog.records)
     assert not (tmp_path / "other").exists()

@@ -28,7 +28,7 @@ import sys, time
 from pathlib import Path
 import torch
 from net import Net, batch, loss_of, report
-from entropy_hooks.attach import live_monitors
+from entropy_hooks.monitor import live_monitors
 torch.manual_seed(0)
 model, losses = Net(), []
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)

@@ -13,7 +13,8 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from entropy_hooks import remote
-from entropy_hooks.attach import attach, live_monitors
+from entropy_hooks.attach import attach
+from entropy_hooks.monitor import live_monitors
 from entropy_monitor.store import open_run
 
 from .launching import steps

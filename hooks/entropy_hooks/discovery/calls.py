@@ -56,6 +56,10 @@ class RootCalls:
             handle.remove()
         self._handles.clear()
 
+    def forget(self) -> None:
+        """Keep none of them alive."""
+        self._roots, self._inside = {}, None
+
     def end_iteration(self) -> None:
         """No module can be running any more, whatever exceptions have done to the count."""
         self._inside = None

@@ -93,8 +93,4 @@ def _parameters(stepped: Stepped) -> list[nn.Parameter]:
 
 
 def _trained(root: nn.Module, trained: Collection[int]) -> int:
-    return sum(_numel(parameter) for parameter in root.parameters() if id(parameter) in trained)
-
-
-def _numel(parameter: nn.Parameter) -> int:
-    return parameter.numel()
+    return sum(parameter.numel() for parameter in root.parameters() if id(parameter) in trained)

@@ -57,8 +57,11 @@ class Search:
         self._install = (optimizer, install)
 
     def give_up(self) -> None:
-        """From now on the hooks do nothing; from any thread."""
+        """From now on the hooks do nothing, and nothing that was seen is kept alive; from any thread."""
         self._over = True
+        self._install, self._counts = None, {}
+        if self._calls is not None:
+            self._calls.forget()
 
     def common_step(self, optimizer: Optimizer) -> int | None:
         """A step number that all ranks of a job give to this boundary, without asking one another.
@@ -76,12 +79,11 @@ class Search:
 
     def remove(self) -> None:
         """Remove every hook; never from within an optimizer's step: torch iterates these dictionaries lazily there."""
-        self._over = True
+        self.give_up()
         if self._handle is not None:
             self._handle.remove()
         if self._calls is not None:
             self._calls.stop_listening()
-        self._counts.clear()
 
     def after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """The hook; who has one installed already calls this from it instead of `begin`."""
@@ -109,9 +111,9 @@ class Search:
             if self._on_seen is not _done and num_steps > 1:
                 self._look(self._calls)
         self._collectives[id(optimizer)] = (self._collectives.get(id(optimizer), (None, None))[1], num_collectives())
-        if self._install is not None and self._install[0] is optimizer:
+        if (planned := self._install) is not None and planned[0] is optimizer:
             self._over = True
-            self._install[1](num_steps)
+            planned[1](num_steps)
 
     def _look(self, calls: RootCalls) -> None:
         stepped = tuple(Stepped(optimizer, num, OwnCount(optimizer)) for optimizer, num in self._counts.values())

@@ -9,13 +9,12 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from entropy_hooks.attach import attach, live_monitors
+from entropy_hooks.attach import attach
 from entropy_hooks.discovery import Search, choose
 from entropy_hooks.launch.bootstrap import note
 from entropy_hooks.launch.claims import claim_run
 from entropy_hooks.listen import listen
-from entropy_hooks.monitor import EXIT_TIMEOUT_S
-from entropy_hooks.process_end import at_process_end
+from entropy_hooks.monitor import live_monitors
 from entropy_hooks.training_thread import AtNextBackward
 
 if TYPE_CHECKING:
@@ -68,7 +67,6 @@ class Launched:
         if not monitor.enabled:
             note("failed", message=monitor.why_disabled)  # which has been logged
             return
-        at_process_end(functools.partial(monitor.close, EXIT_TIMEOUT_S))
         note("observed", by="the launcher", run=monitor.run_url, attempt=monitor.stats().attempt, step=step)
         logger.info("observing %s in %s from step %d", found, monitor.run_url, step)
 
