@@ -157,6 +157,7 @@ class Writer:
                     self._pending -= 1
                     self._pending_frames -= isinstance(job, FrameJob)
                     self._idle.notify_all()
+                del job  # not kept until the next one comes: it knows weights of the model
 
     def _write_scalars(self, job: ScalarsJob) -> None:
         if self._scalars is None:

@@ -95,6 +95,23 @@ def test_of_two_models_the_larger_one_is_observed(run: Path) -> None:
     assert steps(run) == [(1, step) for step in (2, 4, 6)], "the generator's own steps"
 
 
+def test_models_one_after_another_are_freed_and_the_first_is_observed(run: Path) -> None:
+    alone, beside = end(start(sys.executable, "sequel.py")), launch(run, sys.executable, "sequel.py")
+    assert beside.code == 0, beside.err
+    assert beside.report == alone.report
+    assert beside.report["alive"] == [0, 0, 0]
+    assert steps(run) == [(1, 2), (1, 4)]
+    assert read_status(open_run(run)).state == "ended"
+
+
+def test_a_model_is_saved_copied_scripted_and_sent_as_without_us(run: Path) -> None:
+    alone, beside = end(start(sys.executable, "exports.py")), launch(run, sys.executable, "exports.py")
+    assert beside.code == 0, beside.err
+    assert beside.report == alone.report, "the same file, too"
+    assert all(beside.report["same"].values())
+    assert steps(run) == [(1, 2), (1, 4)]
+
+
 def test_a_script_that_attaches_by_itself_is_left_alone(run: Path, tmp_path: Path) -> None:
     ended = launch(run, sys.executable, "own_attach.py", tmp_path / "own")
     assert ended.code == 0, ended.err
