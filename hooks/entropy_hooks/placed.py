@@ -19,10 +19,8 @@ if TYPE_CHECKING:
 _COMPANIONS = {
     "_forward_hooks": ("_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
     "_forward_pre_hooks": ("_forward_pre_hooks_with_kwargs",),
-    "_optimizer_step_pre_hooks": (),
-    "_optimizer_step_post_hooks": (),
 }
-"""Where torch keeps the hooks that we place, and where it notes under the same keys how to call them."""
+"""Where torch keeps the hooks of a module, and where it notes under the same keys how to call them."""
 
 
 class Placed:
@@ -64,10 +62,10 @@ def _nobody() -> None:
 
 
 def without_ours(attributes: Mapping[str, Any]) -> dict[int, OrderedDict[int, Any]]:
-    """The hooks of a module or optimizer as they are without us.
+    """The hooks of a module as they are without us.
 
     Args:
-        attributes: its ``__dict__``.
+        attributes: the module's ``__dict__``.
 
     Returns:
         By the id of a dictionary that names a hook of ours, its twin that does not; empty where there is none.

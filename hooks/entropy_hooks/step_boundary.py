@@ -5,7 +5,6 @@ from __future__ import annotations
 import weakref
 from typing import TYPE_CHECKING, Any
 
-from entropy_hooks import unsaved
 from entropy_hooks.placed import Placed
 from entropy_hooks.untraced import untraced
 
@@ -44,10 +43,8 @@ class StepBoundary:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
-        unsaved.release(self)
 
     def _place(self, optimizer: Optimizer, act: Callable[..., None], model: nn.Module) -> Placed:
-        unsaved.keep_out(type(optimizer), self)
         # `attach(nn.ModuleDict({...}), ...)`: a container that nobody else keeps lives as long as what trains it.
         hook = Placed(optimizer, untraced(act), keeps=model)
         self._hooks.add(hook)

@@ -98,7 +98,7 @@ def _exchanged(value: Any, twins: dict[int, OrderedDict[int, Any]], depth: int) 
     """A nest of plain tuples and dicts with twins in place of what they stand for.
 
     Returns:
-        A new one, or `value` itself where it has none of them. Nothing is looked for below a level that has some.
+        A new one, or `value` itself where it has none of them.
     """
     if type(value) is dict:
         keys, items = list(value), list(value.values())  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
@@ -107,8 +107,8 @@ def _exchanged(value: Any, twins: dict[int, OrderedDict[int, Any]], depth: int) 
     else:
         return value
     changed: list[Any] = [twins.get(id(item), item) for item in items]
-    if depth and all(new is old for new, old in zip(changed, items, strict=True)):
-        changed = [_exchanged(item, twins, depth - 1) for item in items]
+    if depth:
+        changed = [_exchanged(item, twins, depth - 1) for item in changed]
     if all(new is old for new, old in zip(changed, items, strict=True)):
         return value
     return tuple(changed) if keys is None else dict(zip(keys, changed, strict=True))
