@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NotRequired, TypedDict, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, NotRequired, TypedDict, cast
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 Verb = Literal["attach", "detach", "ping"]
-VERBS: tuple[str, ...] = get_args(Verb)
 MAX_LINE_BYTES = 1 << 20
-DIRECTORY_MODE, SOCKET_MODE = 0o700, 0o600
 
 
 class Request(TypedDict):
@@ -78,26 +76,6 @@ def encode(message: Mapping[str, Any]) -> bytes:
     return json.dumps(message, separators=(",", ":"), default=str).encode("ascii") + b"\n"
 
 
-def decode_request(line: bytes) -> Request:
-    """Read and check a request.
-
-    Returns:
-        The request.
-
-    Raises:
-        ValueError: it is no request: the message says what was expected.
-    """
-    request = _decode(line)
-    verb = request.get("verb")
-    if verb not in VERBS:
-        raise ValueError(f"expected a verb out of {', '.join(VERBS)}; found {verb!r}: use a client of the same version")
-    if verb == "attach":
-        for name, kind in (("run", str), ("options", dict), ("wait_s", (int, float))):
-            if not isinstance(request.get(name), kind):
-                raise ValueError(f"expected attach with run, options and wait_s; found {name} {request.get(name)!r}")
-    return cast("Request", request)
-
-
 def decode_reply(line: bytes) -> Reply:
     """Read and check a reply.
 
@@ -107,19 +85,16 @@ def decode_reply(line: bytes) -> Reply:
     Raises:
         ValueError: it is no reply.
     """
-    reply = _decode(line)
-    if not isinstance(reply.get("ok"), bool) or not isinstance(reply.get("message"), str):
-        raise ValueError(f"expected a reply with ok and message; found {line[:80]!r}: use a client of the same version")
-    return cast("Reply", reply)
-
-
-def _decode(line: bytes) -> dict[str, Any]:
     if len(line) > MAX_LINE_BYTES or not line.endswith(b"\n"):
         raise ValueError(f"expected one JSON line of at most {MAX_LINE_BYTES} bytes; found {len(line)} bytes")
     try:
-        message = json.loads(line)
+        reply = json.loads(line)
     except ValueError as error:
         raise ValueError(f"expected one JSON line; found {line[:80]!r}: {error}") from None
-    if not isinstance(message, dict):
-        raise ValueError(f"expected a JSON object; found {line[:80]!r}")
-    return cast("dict[str, Any]", message)
+    if (
+        not isinstance(reply, dict)
+        or not isinstance(reply.get("ok"), bool)
+        or not isinstance(reply.get("message"), str)
+    ):
+        raise ValueError(f"expected a reply with ok and message; found {line[:80]!r}: use a client of the same version")
+    return cast("Reply", reply)

@@ -52,9 +52,6 @@ class Delivery:
         self._notes: SharedNotes | None = None
         self._pending: deque[Pending] = deque()
 
-    def __len__(self) -> int:
-        return len(self._pending)
-
     # ---- the pulse thread --------------------------------------------------------------------------------------------
 
     @property

@@ -153,7 +153,7 @@ def command_and_wait(run: Path, monitor: Monitor, weight: float) -> None:
     session = monitor._session
     assert session is not None
     deadline = time.monotonic() + 20.0
-    while not len(session._pulse.delivery):
+    while not len(session._pulse.delivery._pending):
         assert time.monotonic() < deadline, "the command did not come"
         time.sleep(0.005)
 

@@ -75,7 +75,7 @@ def test_expired_while_it_waited_for_a_step_boundary(run: Path) -> None:
         command(run, "compress", weight=0.5, expires_after_s=0.2)
         session = monitor._session
         assert session is not None
-        wait_until(lambda: len(session._pulse.delivery), "the command")
+        wait_until(lambda: len(session._pulse.delivery._pending), "the command")
         wait_until(lambda: time.time() > session._pulse.delivery._pending[0].command.issued_at + 0.2, "its expiry")
         job.step()
         assert monitor.phase == "memorize"
@@ -122,7 +122,7 @@ def test_the_same_fields_unchanged_are_applied(run: Path) -> None:
         write_raw(run, 1, json.dumps(valid_fields()).encode())
         session = monitor._session
         assert session is not None
-        wait_until(lambda: len(session._pulse.delivery), "the command")
+        wait_until(lambda: len(session._pulse.delivery._pending), "the command")
         job.step()
         assert monitor.phase == "compress"
     assert answered(run).status == "applied"
@@ -207,7 +207,7 @@ def test_a_deleted_command_does_not_block_those_behind_it(run: Path) -> None:
         write_raw(run, 3, json.dumps(valid_fields(3)).encode())
         session = monitor._session
         assert session is not None
-        wait_until(lambda: len(session._pulse.delivery), "the command behind the gap")
+        wait_until(lambda: len(session._pulse.delivery._pending), "the command behind the gap")
         job.step()
         assert monitor.phase == "compress"
     assert answered(run, 3).status == "applied"

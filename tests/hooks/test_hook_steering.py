@@ -359,7 +359,7 @@ def test_commands_of_one_boundary_are_applied_in_order(run: Path) -> None:
 def pending(monitor: Monitor) -> int:
     session = monitor._session
     assert session is not None
-    return len(session._pulse.delivery)
+    return len(session._pulse.delivery._pending)
 
 
 def run_acks(run: Path) -> list[Any]:

@@ -185,7 +185,7 @@ def acknowledgement(run: Path, number: int, rank: int = 0) -> Acknowledgement | 
 def queued(monitor: Monitor) -> bool:
     """The pulse thread has a command ready for the next step boundary."""
     session = monitor._session
-    return session is not None and len(session._pulse.delivery) > 0
+    return session is not None and len(session._pulse.delivery._pending) > 0
 
 
 def apply_now(job: Job, run: Path, monitor: Monitor, phase: str, **fields: Any) -> Acknowledgement:
