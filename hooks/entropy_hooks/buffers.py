@@ -8,18 +8,25 @@ from __future__ import annotations
 
 import math
 import weakref
+from collections import deque
 from typing import TYPE_CHECKING
 
 import torch
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from typing import TypeAlias
+
+    _Given: TypeAlias = tuple[torch.Tensor, torch.Tensor, weakref.ref[torch.Tensor]]
+    """A piece of memory, a tensor in it, and that tensor's twin that was last given away."""
 
 _SLAB_BYTES = 1 << 26
 """Pages of it are only taken when they are written to; so large a piece lies outside the C library's heap."""
 _MAX_SLABS = 4
 """What does not fit is allocated as any tensor."""
 _MIN_BYTES = 1 << 12
+_LOOKS = 4
+"""Tensors that are asked whether they are still held, before new memory is taken."""
 
 
 class Buffers:
@@ -29,8 +36,8 @@ class Buffers:
         self._slabs: list[torch.Tensor] = []
         self._used = _SLAB_BYTES
         """Bytes of the newest slab."""
-        self._given: dict[int, list[tuple[torch.Tensor, weakref.ref[torch.Tensor]]]] = {}
-        """By size, powers of two: the memory, and the tensor that was last given of it."""
+        self._given: dict[int, deque[_Given]] = {}
+        """By size, powers of two; the longest given first."""
 
     def take(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """Give a tensor with anything in it. A view of it must not outlive it.
@@ -40,18 +47,24 @@ class Buffers:
         """
         num_bytes = math.prod(shape) * dtype.itemsize
         size = max(_MIN_BYTES, 1 << (num_bytes - 1).bit_length())
-        given = self._given.setdefault(size, [])
-        for index, (memory, last) in enumerate(given):
-            if last() is None:
-                tensor = memory[:num_bytes].view(dtype).view(*shape)
-                given[index] = memory, weakref.ref(tensor)
-                return tensor
-        memory = self._carve(size)
+        memory, shaped, _ = self._taken_back(size) or (self._carve(size), None, None)
         if memory is None:
             return torch.empty(tuple(shape), dtype=dtype, device="cpu")
-        tensor = memory[:num_bytes].view(dtype).view(*shape)
-        given.append((memory, weakref.ref(tensor)))
+        if shaped is None or shaped.shape != shape or shaped.dtype != dtype:
+            shaped = memory[:num_bytes].view(dtype).view(*shape)
+        tensor = shaped.detach()
+        self._given[size].append((memory, shaped, weakref.ref(tensor)))
         return tensor
+
+    def _taken_back(self, size: int) -> _Given | None:
+        """Memory that nobody holds any more; tensors come back about in the order in which they were given."""
+        given = self._given.setdefault(size, deque())
+        for _ in range(min(_LOOKS, len(given))):
+            entry = given.popleft()
+            if entry[2]() is None:
+                return entry
+            given.append(entry)  # held long: not looked at again before all others
+        return None
 
     def _carve(self, size: int) -> torch.Tensor | None:
         if size > _SLAB_BYTES:
