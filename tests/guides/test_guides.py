@@ -24,6 +24,7 @@ FRAMES = {
     "accelerate": ("runs/lstm", {1: [0, 5, 10, 15]}),
     "plain_loop": ("runs/plain", {1: [0, 10, 20], 2: [30, 40, 50]}),
     "models": ("runs/cnn", {1: [0]}),
+    "unusual_jobs": ("runs/generator", {1: [0, 5, 10, 15]}),
 }
 LAYERS = {
     "huggingface": [f"transformer.h.{index}" for index in range(4)],
@@ -31,6 +32,7 @@ LAYERS = {
     "accelerate": ["recurrent"],
     "plain_loop": [f"blocks.{index}" for index in range(4)],
     "models": ["0", "2"],
+    "unusual_jobs": ["0", "1", "2"],
 }
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 
