@@ -73,7 +73,7 @@ class Guard:
         self.active = False
         """Hooks that are not always called have something to do in this step."""
         self.transformed = False
-        """The model has run inside a transform of `torch.func`, which is not observed."""
+        """In this step a hook was called inside a transform of `torch.func`, which is not observed."""
         self._silent = False
         self._hooks: list[Hook] = []
 
@@ -118,11 +118,7 @@ class Guard:
         if self._silent or torch._C._get_tracing_state() is not None:  # pyright: ignore
             return False
         if _transform_level() is not None:
-            if not self.transformed:
-                self.transformed = True
-                self._faults.count(
-                    "transformed", "the model runs inside torch.func (grad, vmap, ...): such passes are not observed"
-                )
+            self.transformed = True
             return False
         return True
 

@@ -108,6 +108,7 @@ class Observer:
             weight: of the MBE that is added to its loss.
         """
         self.sampling, self.weight = sampling, weight
+        self.guard.transformed = False
         # A compiled model is observed by its replay; steered, it runs eagerly and its own hooks see it.
         self.guard.active = weight > 0 or (sampling and not self.passes.compiled)
 

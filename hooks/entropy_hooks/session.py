@@ -275,9 +275,14 @@ class Session:
                 f"{micro_batches.count}, an epoch's end?: this step has no frame, the next ones are watched closely",
             )
             return
-        known = self._observer.replays or self._observer.guard.transformed
-        if known or (capture is not None and capture.too_short):
+        if self._observer.replays or (capture is not None and capture.too_short):
             return  # counted where it was met
+        if self._observer.guard.transformed:
+            self._faults.count(
+                "transformed",
+                "expected an eager pass; found the model inside torch.func (grad, vmap, ...): not observed",
+            )
+            return
         entry = self._observer.passes.entry
         # Compiled since the step began: it is observed from the next one on.
         if not (entry.compiled and not self._observer.weight) and not entry.look_again():
