@@ -14,7 +14,7 @@ from unittest import mock
 
 from _contenders import ours
 
-from entropy_hooks import frame, meter, observer, session, tokens
+from entropy_hooks import frame, meter, session, tokens
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -67,7 +67,7 @@ def _patched(profile: Profile, job: Job) -> Iterator[None]:
     places: list[tuple[object, str, str | Callable[..., str]]] = [
         (tokens.PatchSample, "select", kind),
         (tokens.PatchSample, "token_windows", "frame assembly"),
-        (observer, "draw_patches", "drawing patches"),
+        (tokens.PatchSampler, "draw", "drawing patches"),
         (session, "reduce_layers", "weight-space alignment"),
         (session, "gradient_norm", "gradient norm"),
         (frame.FrameAssembler, "assemble", "frame assembly"),

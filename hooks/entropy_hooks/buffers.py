@@ -77,15 +77,3 @@ class Buffers:
             self._used = 0
         first, self._used = self._used, self._used + size
         return self._slabs[-1][first : first + size]
-
-
-_buffers: weakref.WeakKeyDictionary[torch.Generator, Buffers] = weakref.WeakKeyDictionary()
-
-
-def buffers_of(generator: torch.Generator) -> Buffers:
-    """The buffers of whoever draws with this generator; they live as long as it does.
-
-    Returns:
-        The buffers.
-    """
-    return _buffers.setdefault(generator, Buffers())

@@ -57,22 +57,37 @@ class Gathering:
             capture.linears[run.layer] = run.linear
         self._places[run.layer] = list(self._wanted(sample, run))
 
-    def differentiate(self, roots: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor] | None = None) -> None:
+    def differentiate(
+        self,
+        roots: Sequence[torch.Tensor],
+        gradients: Sequence[torch.Tensor] | None = None,
+        totals: Sequence[torch.Tensor] = (),
+    ) -> None:
         """Take all gradients in one backward pass; one that the roots do not reach stays missing.
 
         Args:
             roots: what to differentiate.
             gradients: by what each is multiplied; None for a 0-d root.
+            totals: roots whose gradient is told with all that comes to them by other roots, which is left out then.
         """
+        told = [
+            (root, gradient) for root, gradient in zip(roots, gradients or (), strict=False) if _is_in(root, totals)
+        ]
+        for root, gradient in told:
+            root.register_hook(_always(gradient))
         wanted = [place for places in self._places.values() for place in places]
         if wanted:
             edges = [edge for edge, _ in wanted]
             found = cast(
                 "Sequence[torch.Tensor | None]", torch.autograd.grad(roots, edges, gradients, allow_unused=True)
             )
-            for (_, keep), gradient in zip(wanted, found, strict=True):
+            for (edge, keep), gradient in zip(wanted, found, strict=True):
                 if gradient is not None:
-                    keep(gradient)
+                    # It is taken before the hooks of that very place are called.
+                    there = (
+                        total for root, total in told if (root.grad_fn, root.output_nr) == (edge.node, edge.output_nr)
+                    )
+                    keep(next(there, gradient))
         if not self.capture.gradients:
             self._faults.count(
                 "no_gradients",
@@ -110,3 +125,12 @@ class Gathering:
             yield run.linear_edge, keep_linear_gradient
             if self._weights:
                 yield get_gradient_edge(linear.weight), keep_weight_gradient
+
+
+def _is_in(tensor: torch.Tensor, tensors: Sequence[torch.Tensor]) -> bool:
+    return any(tensor is one for one in tensors)
+
+
+def _always(gradient: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A tensor hook that gives this gradient, whatever has come."""
+    return lambda _: gradient

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +19,7 @@ from entropy_hooks.passes import Passes
 from entropy_hooks.replay import Replay
 from entropy_hooks.steering import Injector
 from entropy_hooks.taps import first_embedding, first_tensor
-from entropy_hooks.tokens import axes_of, draw_patches
+from entropy_hooks.tokens import PatchSampler, axes_of
 from entropy_hooks.undisturbed import run_eagerly
 from entropy_hooks.weight_space import writes_features
 
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
     from entropy_hooks.faults import Faults
     from entropy_hooks.meter import Meter
     from entropy_hooks.passes import Pass
+    from entropy_hooks.replay import Kept
     from entropy_hooks.target import Target
     from entropy_hooks.tokens import TokenAxes
     from entropy_monitor.config import MonitorOptions
@@ -43,7 +43,7 @@ class Observer:
 
     def __init__(self, target: Target, options: MonitorOptions, faults: Faults, meter: Meter) -> None:
         self._options, self._faults = options, faults
-        self._generator = torch.Generator().manual_seed(int.from_bytes(os.urandom(7), "little"))
+        self._sampler = PatchSampler(options.patches)
         self._injectors = {name: Injector(faults.count) for name in target.steered}
         self.guard = Guard(faults, meter)
         self.sampling = False
@@ -64,7 +64,9 @@ class Observer:
         self._linear_handles: dict[tuple[str, int], RemovableHandle] = {}
         """By layer and the id of the linear module."""
         self._has_tokens = first_embedding(target.model) is not None
-        self.replay = Replay(target, options, faults)
+        self.replay = Replay(target, options, self._sampler, faults)
+        self.kept: Kept | None = None
+        """The newest kept pass of this step that had its backward pass, or is having it."""
         self.passes = Passes(target, self, self.guard, faults)
         self._micro = self.passes.micro_batches
         if not self.passes.compiled or options.steer:
@@ -96,7 +98,7 @@ class Observer:
         self._linear_handles.clear()
         self.guard.release()
         self._eagerly.close()
-        self.capture = None
+        self.capture = self.kept = None
 
     # ---- steps and passes --------------------------------------------------------------------------------------------
 
@@ -123,6 +125,12 @@ class Observer:
         return None if current is None or current.consumed else current.capture
 
     @property
+    def to_replay(self) -> Kept | None:
+        """The pass to run again: the newest that had its backward pass, else the newest forward pass."""
+        current = self.passes.current
+        return self.kept or (None if current is None or current.consumed else current.kept)
+
+    @property
     def replays(self) -> bool:
         """The step under way is observed by running a part of it again."""
         return self.sampling and not self.guard.active
@@ -142,14 +150,15 @@ class Observer:
             ids = first_tensor(args) if args else first_tensor(kwargs)
             if ids is not None and not ids.is_floating_point():
                 self.num_tokens += ids.numel()
-        if self.replays and self._micro.is_last():
-            self.replay.keep_inputs(args, kwargs)
+        if self.replays and self._micro.is_last() and self.passes.current is not None:
+            self.passes.current.kept = self.replay.keep_inputs(args, kwargs)
 
     def end_forward(self, output: Any) -> None:
         """See `passes.PassListener`."""
         self._eagerly.close()
-        if self._micro.in_forward and self.replays and self._micro.is_last():
-            self.replay.keep_output(output, lambda: self._micro.in_backward and self._micro.is_last())
+        seen = self.passes.current
+        if self._micro.in_forward and seen is not None and (kept := seen.kept) is not None and output is not None:
+            self.replay.keep_output(kept, output, lambda: self.passes.reach(seen) and kept is self.kept)
 
     def begin_pass(self) -> None:
         """See `passes.PassListener`."""
@@ -163,12 +172,15 @@ class Observer:
         if seen.capture is not None:
             self.capture = seen.capture
             self.capture.loss = self.passes.loss
+        if seen.kept is not None:
+            self.kept = seen.kept
+            self.kept.loss = self.passes.loss
 
     def end_step(self) -> None:
         """Forget the step that has ended."""
         if self.capture is not None and self.capture.linears:
             self._keep_only_last_linears(self.capture)
-        self.capture = None
+        self.capture = self.kept = None
         self.num_tokens = 0
         self.passes.end_step()
 
@@ -231,7 +243,7 @@ class Observer:
         sequences = axes.sequences(z.detach())
         if capture.sample is None:
             num_sequences, length, _ = sequences.shape
-            capture.sample = draw_patches(num_sequences, length, self._options.patches, self._generator, z.device)
+            capture.sample = self._sampler.draw(num_sequences, length, z.device)
         if capture.sample is None:
             capture.too_short = True
             self._faults.count(

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch.utils import _pytree as pytree
 from torch.utils.hooks import unserializable_hook
 
 from entropy_hooks import backward
@@ -17,6 +16,7 @@ from entropy_hooks.entry import Entry
 from entropy_hooks.loss import LossReading, read_loss
 from entropy_hooks.micro_batches import MicroBatches
 from entropy_hooks.probe_loss import depends_on
+from entropy_hooks.structures import tensors_in
 from entropy_hooks.taps import parts
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from entropy_hooks.capture import Capture
     from entropy_hooks.faults import Faults
     from entropy_hooks.guard import Guard
+    from entropy_hooks.replay import Kept
     from entropy_hooks.target import Target
 
 _MAX_LOOKS = 3
@@ -59,6 +60,8 @@ class Pass:
     """Where it runs; its backward pass is called from the same thread."""
     capture: Capture | None = None
     """What the listener gathers of it."""
+    kept: Kept | None = None
+    """What the listener keeps of it, to run it again."""
     announced: bool = False
     """Its output tells when a gradient comes. Else the next backward pass is taken for its own."""
     consumed: bool = False
@@ -174,10 +177,9 @@ class Passes:
         current = self.current
         if current is None:
             return
-        leaves = [output] if isinstance(output, torch.Tensor) else pytree.tree_leaves(output)
-        for leaf in leaves:
+        for leaf in tensors_in(output)[0]:
             # What has no history of its own (a parameter) would keep the hook for ever.
-            if isinstance(leaf, torch.Tensor) and leaf.grad_fn is not None:
+            if leaf.grad_fn is not None:
                 # Who saves this output is not warned of our hook on it.
                 leaf.register_hook(unserializable_hook(functools.partial(self._announced, current)))
                 current.announced = True

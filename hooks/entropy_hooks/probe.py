@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from entropy_hooks.probe_batch import detached_copy
+from entropy_hooks.copies import detached_copy
 from entropy_hooks.probe_loss import depends_on, find_loss
 from entropy_hooks.taps import first_tensor
 from entropy_hooks.undisturbed import is_sharded, undisturbed

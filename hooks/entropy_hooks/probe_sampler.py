@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, TypeVar
-
-import torch
 
 from entropy_hooks.exact import audit
 from entropy_hooks.frame import ObservedPass
 from entropy_hooks.gather import Gathering
 from entropy_hooks.probe import Probe
-from entropy_hooks.tokens import draw_patches
+from entropy_hooks.tokens import PatchSampler
 from entropy_hooks.weight_space import reduce_layers
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    import torch
 
     from entropy_hooks.faults import Faults
     from entropy_hooks.observer import Observer
@@ -36,7 +35,7 @@ class ProbeSampler:
         observer.on_inputs = self._probe.keep_inputs
         self._sample: PatchSample | None = None
         """The patches, drawn at the first look and kept: curves carry no noise from the choice of tokens."""
-        self._generator = torch.Generator().manual_seed(int.from_bytes(os.urandom(7), "little"))
+        self._sampler = PatchSampler(options.patches)
 
     def audit(self) -> torch.Tensor | None:
         """Ask for the exact alignment.
@@ -79,5 +78,5 @@ class ProbeSampler:
 
     def _draw(self, num_sequences: int, length: int, device: torch.device) -> PatchSample | None:
         if self._sample is None:
-            self._sample = draw_patches(num_sequences, length, self._options.patches, self._generator, device)
+            self._sample = self._sampler.draw(num_sequences, length, device)
         return None if self._sample is None else self._sample.again()

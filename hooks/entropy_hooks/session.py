@@ -170,11 +170,20 @@ class Session:
         self._complete(observed, capture.loss)
 
     def _replay_training(self) -> None:
+        kept = self._observer.to_replay
+        if kept is None:
+            if self._observer.passes.current is None:
+                self._faults.count(
+                    "not_observed",
+                    "expected a compiled model to run before the optimizer's step; found no pass (a closure?): "
+                    "give observe='probe'",
+                )
+            return  # else counted where it was met
         with self._observer.guard.silenced():
-            observed = self._observer.replay.observe()
+            observed = self._observer.replay.observe(kept)
         if observed is not None:
             self._observed = observed
-            self._complete(observed, self._observer.passes.loss)
+            self._complete(observed, kept.loss)
             observed.capture.linears.clear()
 
     def _complete(self, observed: ObservedPass, loss: LossReading | None) -> None:

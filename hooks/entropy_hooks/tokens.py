@@ -11,6 +11,7 @@ activation                    tokens
 
 from __future__ import annotations
 
+import os
 import weakref
 from dataclasses import dataclass, field, replace
 
@@ -18,7 +19,7 @@ import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from entropy_hooks.buffers import Buffers, buffers_of
+from entropy_hooks.buffers import Buffers
 from entropy_monitor.types import PATCH_LENGTH, TOKEN_OFFSETS
 
 _MAX_REMEMBERED = 1024
@@ -195,36 +196,60 @@ def _identity(tensor: torch.Tensor) -> tuple[object, ...] | None:
     return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor._version
 
 
-def draw_patches(
-    num_sequences: int, sequence_length: int, patches: int, generator: torch.Generator, device: torch.device
-) -> PatchSample | None:
-    """Draw whole patches without replacement, from different sequences as far as there are enough.
+class PatchSampler:
+    """Draws whole patches, with a generator of its own: the training job's randomness is never touched."""
 
-    Args:
-        num_sequences: sequences in the batch.
-        sequence_length: tokens in each.
-        patches: how many to draw; all of them when the batch has fewer.
-        generator: a private one on the CPU; the training job's own randomness is never touched.
-        device: where the activations are; the indices are copied there once.
+    def __init__(self, patches: int, seed: int | None = None) -> None:
+        """Begin.
 
-    Returns:
-        The sample, or None when the sequences are shorter than a patch.
-    """
-    per_sequence = sequence_length // PATCH_LENGTH
-    if per_sequence == 0 or num_sequences == 0:
-        return None
-    # Column k holds each sequence's k-th patch in its own random order: reading column by column takes one patch of
-    # every sequence before any sequence gives a second one.
-    order = torch.rand(num_sequences, per_sequence, generator=generator).argsort(dim=1)
-    shuffled = torch.randperm(num_sequences, generator=generator)
-    starts = order[shuffled].T.reshape(-1)[:patches] * PATCH_LENGTH
-    sequence = shuffled.repeat(per_sequence)[: len(starts)]
-    position = (starts[:, None] + torch.arange(PATCH_LENGTH)).reshape(-1)
-    sequence = sequence.repeat_interleave(PATCH_LENGTH)
-    indices = torch.stack([sequence, position, sequence * sequence_length + position])
-    if device.type == "cuda":
-        indices = indices.pin_memory()  # from pageable memory the copy would wait for the device
-    indices = indices.to(device, non_blocking=True)
-    return PatchSample(
-        num_sequences, sequence_length, indices[0], indices[1], indices[2], len(starts), buffers_of(generator)
-    )
+        Args:
+            patches: how many to draw; all of them when a batch has fewer.
+            seed: of the generator; drawn from the system when None.
+        """
+        self._patches, self._buffers = patches, Buffers()
+        seed = int.from_bytes(os.urandom(7), "little") if seed is None else seed
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def draw(self, num_sequences: int, sequence_length: int, device: torch.device) -> PatchSample | None:
+        """Draw without replacement, from different sequences as far as there are enough.
+
+        Args:
+            num_sequences: sequences in the batch.
+            sequence_length: tokens in each.
+            device: where the activations are; the indices are copied there once.
+
+        Returns:
+            The sample, or None when the sequences are shorter than a patch.
+        """
+        per_sequence = sequence_length // PATCH_LENGTH
+        if per_sequence == 0 or num_sequences == 0:
+            return None
+        # Column k holds each sequence's k-th patch in its own random order: reading column by column takes one patch of
+        # every sequence before any sequence gives a second one.
+        order = torch.rand(num_sequences, per_sequence, generator=self._generator).argsort(dim=1)
+        shuffled = torch.randperm(num_sequences, generator=self._generator)
+        starts = order[shuffled].T.reshape(-1)[: self._patches] * PATCH_LENGTH
+        sequence = shuffled.repeat(per_sequence)[: len(starts)]
+        position = (starts[:, None] + torch.arange(PATCH_LENGTH)).reshape(-1)
+        sequence = sequence.repeat_interleave(PATCH_LENGTH)
+        indices = torch.stack([sequence, position, sequence * sequence_length + position])
+        if device.type == "cuda":
+            indices = indices.pin_memory()  # from pageable memory the copy would wait for the device
+        indices = indices.to(device, non_blocking=True)
+        return PatchSample(
+            num_sequences, sequence_length, indices[0], indices[1], indices[2], len(starts), self._buffers
+        )
+
+    def draw_sequences(self, num_sequences: int, at_least: int, sequence_length: int) -> list[int]:
+        """Draw as many sequences as have all the patches, in order.
+
+        Args:
+            num_sequences: sequences in the batch.
+            at_least: not fewer than these.
+            sequence_length: tokens in each.
+
+        Returns:
+            Their numbers; all of them where the batch has no more.
+        """
+        wanted = max(at_least, -(-self._patches // max(1, sequence_length // PATCH_LENGTH)))
+        return torch.randperm(num_sequences, generator=self._generator)[:wanted].sort().values.tolist()

@@ -76,13 +76,11 @@ class AutocastState:
 
 @contextlib.contextmanager
 def as_in_training(model: nn.Module, autocast: AutocastState) -> Generator[None]:
-    """Let the model run once more as it ran in training, eagerly; buffers and the random state are undone at the end.
-
-    For passes that give no parameter a gradient. Parameters are not copied: in training mode they are what they were.
+    """Let a twin of the model run as the model ran in training, eagerly; the random state is undone at the end.
 
     Args:
-        model: the user's module, unwrapped.
-        autocast: the state in which it ran.
+        model: the twin.
+        autocast: the state in which the model ran.
     """
     with contextlib.ExitStack() as stack:
         _keep_random_state(stack, _devices(model))
@@ -92,7 +90,6 @@ def as_in_training(model: nn.Module, autocast: AutocastState) -> Generator[None]
             torch.autocast(autocast.kind, autocast.dtype, enabled=autocast.enabled, cache_enabled=False)
         )
         stack.enter_context(run_eagerly())
-        stack.enter_context(_on_copies([place for place in _places(model) if not isinstance(place[2], nn.Parameter)]))
         yield
 
 

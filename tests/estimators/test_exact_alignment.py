@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from entropy_hooks.tokens import draw_patches
+from entropy_hooks.tokens import PatchSampler
 from entropy_monitor.demo.model import ByteGPT, GPTOptions
 from entropy_monitor.demo.text import draw_batch, load_bytes
 from entropy_monitor.estimators import (
@@ -204,8 +204,8 @@ def parts_of(chosen, along, pairs):
 def test_the_sampled_estimate_lies_within_two_standard_errors_of_the_exact_value(trained):
     """64 patches of 2,048, drawn as the hooks draw them."""
     watched, loss = trained
-    generator = torch.Generator().manual_seed(99)
-    samples = [draw_patches(BATCH, CONTEXT, 64, generator, torch.device("cpu")) for _ in range(DRAWS)]
+    sampler = PatchSampler(64, seed=99)
+    samples = [sampler.draw(BATCH, CONTEXT, torch.device("cpu")) for _ in range(DRAWS)]
     exact = exact_alignment(loss, watched.outputs, watched.parameters)
     for layer, z in watched.outputs.items():
         name = f"{layer}.mlp.2.weight"

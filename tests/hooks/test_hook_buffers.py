@@ -1,13 +1,10 @@
-"""Memory that is used again: given once at a time, bounded, and gone with its owner."""
+"""Memory that is used again: given once at a time, and bounded."""
 
 from __future__ import annotations
 
-import gc
-import weakref
-
 import torch
 
-from entropy_hooks.buffers import Buffers, buffers_of
+from entropy_hooks.buffers import Buffers
 
 
 def test_memory_is_given_again_only_when_its_tensor_is_gone() -> None:
@@ -43,13 +40,3 @@ def test_memory_first_taken_in_inference_mode_serves_training() -> None:
     with torch.inference_mode():
         buffers.take((100,), torch.float32)
     torch.index_select(torch.ones(200), 0, torch.arange(100), out=buffers.take((100,), torch.float32))
-
-
-def test_they_go_with_their_generator() -> None:
-    generator = torch.Generator()
-    buffers = buffers_of(generator)
-    assert buffers_of(generator) is buffers
-    gone = weakref.ref(buffers)
-    del generator, buffers
-    gc.collect()
-    assert gone() is None

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from entropy_hooks import MonitorStats, attach
-from entropy_hooks.probe_batch import detached_copy
+from entropy_hooks.copies import detached_copy
 
 from .training import Job, assert_same_training, byte_loss, flushed, frames, tiny_gpt
 

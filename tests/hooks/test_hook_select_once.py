@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from entropy_hooks.tokens import PatchSample, draw_patches
+from entropy_hooks.tokens import PatchSample, PatchSampler
 
 
 def draw() -> PatchSample:
-    sample = draw_patches(4, 32, 6, torch.Generator().manual_seed(0), torch.device("cpu"))
+    sample = PatchSampler(6, seed=0).draw(4, 32, torch.device("cpu"))
     assert sample is not None
     return sample
 

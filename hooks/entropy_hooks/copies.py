@@ -1,4 +1,4 @@
-"""The batch of a probe, kept: a copy that neither a loader nor the model can change."""
+"""Copies of what users pass to a model, and of models, that nobody else can change."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from torch.overrides import TorchFunctionMode
 _Value = TypeVar("_Value")
 
 
-def detached_copy(value: _Value) -> _Value:
-    """Copy arguments of a model with everything in them, whatever objects hold the tensors.
+def detached_copy(value: _Value, kept: dict[int, Any] | None = None) -> _Value:
+    """Copy with everything in it, whatever objects hold the tensors.
 
     A deep copy makes objects anew without calling their constructors, and a tensor that two of them share stays shared.
 
     Args:
-        value: any structure of containers, dataclasses and tensors; tensors may be results of a graph.
+        value: any structure of containers, dataclasses, modules and tensors; tensors may be results of a graph.
+        kept: by the id of an object, what stands for it in the copy; is filled with all that is copied.
 
     Returns:
         The same structure with detached clones of its tensors.
@@ -32,7 +33,7 @@ def detached_copy(value: _Value) -> _Value:
     [0.0, 0.0]
     """
     with _DetachedTensors():
-        return copy.deepcopy(value)
+        return copy.deepcopy(value, kept)
 
 
 class _DetachedTensors(TorchFunctionMode):

@@ -1,0 +1,524 @@
+"""A replay of a compiled pass leaves no trace in the training, and says what the step's own pass would say."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import threading
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from entropy_hooks import attach
+
+from .training import flushed, frames, positions
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from entropy_hooks import Monitor
+    from entropy_monitor.types import Frame
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
+    pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated:FutureWarning"),
+]
+BATCH, TOKENS, WIDTH, VOCABULARY = 8, 16, 16, 32
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        return z + self.outer(F.gelu(self.inner(z)))
+
+
+class Net(nn.Module):
+    """Plain; what is special is in its children."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, WIDTH)
+        self.blocks = nn.ModuleList([Block() for _ in range(2)])
+        self.head = nn.Linear(WIDTH, VOCABULARY)
+
+    def hidden(self, ids: torch.Tensor) -> torch.Tensor:
+        z = self.embedding(ids)
+        for block in self.blocks:
+            z = block(z)
+        return z
+
+    def forward(self, ids: torch.Tensor) -> Any:
+        return self.head(self.hidden(ids))
+
+
+def next_token_loss(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+
+
+def each_block(model: nn.Module) -> nn.Module:
+    """The model's own code stays Python; only its blocks are compiled."""
+    for block in model.blocks:  # type: ignore[union-attr]
+        block.compile(backend="aot_eager")
+    return model
+
+
+def wrapped(model: nn.Module) -> nn.Module:
+    return torch.compile(model, backend="aot_eager")  # type: ignore[return-value]
+
+
+def wrapped_for_eager(model: nn.Module) -> nn.Module:
+    """Autograd sees the model's own operations, not one node."""
+    return torch.compile(model, backend="eager")  # type: ignore[return-value]
+
+
+@dataclass
+class Trained:
+    losses: list[float]
+    model: nn.Module
+    faults: dict[str, int]
+
+
+def train(
+    make: Callable[[], nn.Module],
+    compile_it: Callable[[nn.Module], nn.Module],
+    run: Path | None,
+    *,
+    loss_of: Callable[[Any, torch.Tensor], torch.Tensor] = next_token_loss,
+    call: Callable[[nn.Module, torch.Tensor], Any] = lambda model, ids: model(ids),
+    steps: int = 4,
+    batch: int = BATCH,
+    **options: Any,
+) -> Trained:
+    torch.manual_seed(0)
+    model = make()
+    called = compile_it(model)
+    optimizer = torch.optim.AdamW([entry for entry in model.parameters() if entry.requires_grad], lr=1e-2)
+    monitor: Monitor | None = None
+    if run is not None:
+        monitor = attach(called, optimizer, run=run, every=1, **options)
+    losses: list[float] = []
+    for _ in range(steps):
+        ids = torch.randint(0, VOCABULARY, (batch, TOKENS))
+        loss = loss_of(call(called, ids), ids)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+        if monitor is not None:
+            assert flushed(monitor)
+    if monitor is not None:
+        monitor.detach()
+    return Trained(losses, model, {} if monitor is None else dict(monitor.stats().faults))
+
+
+def assert_alike(one: Trained, other: Trained) -> None:
+    assert one.losses == other.losses
+    for first, second in zip(one.model.state_dict().values(), other.model.state_dict().values(), strict=True):
+        assert torch.equal(first, second)
+
+
+# ---- no trace in the training ----------------------------------------------------------------------------------------
+
+
+class Remembering(Net):
+    """Keeps all that a forward pass can keep, and lets it act on the next one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("average", torch.zeros(WIDTH))
+        self.state: Any = None
+        self.pair: tuple[torch.Tensor, int] = (torch.zeros(WIDTH), 0)
+        self.count, self.history, self.cache = 0, [], {"scale": torch.ones(())}
+        self.torchs, self.numpys, self.pythons = torch.Generator(), np.random.default_rng(0), random.Random(0)
+        self.helper = Helper()
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        z = self.hidden(ids)
+        if self.state is not None:
+            z = z + 0.1 * self.state.mean()
+        z = z + 0.1 * self.average + 0.1 * self.pair[0] + 0.01 * self.count + 0.01 * self.helper.total
+        z = z + 0.01 * torch.rand(WIDTH, generator=self.torchs)
+        z = z + 0.01 * float(self.numpys.random()) + 0.01 * self.pythons.random()
+        z = z + 0.1 * self.cache["scale"] + 0.01 * len(self.history)
+        self.state = z.detach()[-1]
+        with torch.no_grad():
+            self.average.mul_(0.9).add_(z.mean((0, 1)))
+            self.cache["scale"].mul_(0.99)
+            self.pair = (self.pair[0] + 0.1, self.pair[1] + 1)
+        self.count += 1
+        self.history.append(z.detach().mean())
+        self.helper.see(z)
+        return self.head(z)
+
+
+class Helper:
+    """An object of the user's own, no module."""
+
+    def __init__(self) -> None:
+        self.total = 0.0
+
+    def see(self, z: torch.Tensor) -> None:
+        self.total += 0.1
+
+
+def test_what_forward_keeps_is_what_it_is_without_us(run: Path) -> None:
+    plain, observed = train(Remembering, each_block, None), train(Remembering, each_block, run)
+    assert_alike(observed, plain)
+    model: Any = observed.model
+    assert (model.count, len(model.history), model.pair[1]) == (4, 4, 4)
+    assert torch.equal(model.state, plain.model.state)  # type: ignore[arg-type]
+    assert torch.equal(model.torchs.get_state(), plain.model.torchs.get_state())  # type: ignore[union-attr,operator]
+    assert observed.faults == {}
+    assert_finite(frames(run), 4)
+
+
+def assert_finite(found: list[Frame], number: int) -> None:
+    assert len(found) == number
+    for frame in found:
+        for group in frame.groups:
+            tokens = slice(None, 8 * frame.num_patches)
+            assert group.gradients is not None
+            assert np.isfinite(group.gradients[:, tokens]).all()
+            assert (group.gradients[:, tokens] != 0).any()
+
+
+def test_hooks_of_the_user_s_are_called_once_a_pass(run: Path) -> None:
+    calls: list[str] = []
+
+    def make() -> nn.Module:
+        model = Net()
+        for name, module in (("head", model.head), ("block", model.blocks[0].inner)):
+            module.register_forward_pre_hook(lambda *_, name=name: calls.append(f"before {name}"))
+            module.register_forward_hook(lambda *_, name=name: calls.append(f"after {name}"))
+            module.register_full_backward_hook(lambda *_, name=name: calls.append(f"backward {name}"))
+        return model
+
+    plain = train(make, each_block, None)
+    expected = list(calls)
+    calls.clear()
+    observed = train(make, each_block, run)
+    assert calls == expected
+    assert_alike(observed, plain)
+    assert observed.faults == {}
+
+
+def test_weights_that_torch_s_own_hooks_compute_are_computed(run: Path) -> None:
+    def make() -> nn.Module:
+        model = Net()
+        nn.utils.spectral_norm(model.blocks[0].outer)
+        nn.utils.weight_norm(model.head)
+        return model
+
+    plain, observed = train(make, each_block, None), train(make, each_block, run)
+    assert_alike(observed, plain)
+    assert observed.faults == {}
+    assert_finite(frames(run), 4)
+
+
+class Teacher(Net):
+    """Its forward pass moves a teacher after the student, in place and behind autograd's back (MoCo)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.teacher = nn.Linear(WIDTH, VOCABULARY)
+        self.teacher.weight.requires_grad_(False)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        self.teacher.weight.data.mul_(0.9).add_(self.head.weight.data, alpha=0.1)
+        z = self.hidden(ids)
+        return self.head(z) + self.teacher(z).detach()
+
+
+def test_a_forward_pass_that_writes_to_parameters_is_noticed_before_it_is_run_again(run: Path) -> None:
+    plain, observed = train(Teacher, each_block, None), train(Teacher, each_block, run)
+    assert_alike(observed, plain)
+    assert observed.faults == {"not_observed": 1}, "the first step shows it"
+    assert [frame.step for frame in frames(run)] == [1, 2, 3]
+    assert_finite(frames(run), 3)
+
+
+class Clamped(Net):
+    """As `Teacher`, on parameters that are trained."""
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            self.head.weight.mul_(0.99)
+        return self.head(self.hidden(ids))
+
+
+def test_so_is_one_that_scales_trained_parameters(run: Path) -> None:
+    plain, observed = train(Clamped, each_block, None), train(Clamped, each_block, run)
+    assert_alike(observed, plain)
+    assert observed.faults == {"not_observed": 1}
+
+
+def test_a_model_that_cannot_be_copied_is_not_observed(run: Path) -> None:
+    def make() -> nn.Module:
+        model = Net()
+        model.lock = threading.Lock()
+        return model
+
+    plain, observed = train(make, each_block, None), train(make, each_block, run)
+    assert_alike(observed, plain)
+    assert observed.faults == {"not_observed": 4}
+    assert frames(run) == []
+
+
+def test_global_module_hooks_are_not_called_again(run: Path) -> None:
+    seen: list[str] = []
+    with contextlib.ExitStack() as stack:
+        plain = train(Net, each_block, None)
+        handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(type(module).__name__))
+        stack.callback(handle.remove)
+        observed = train(Net, each_block, run)
+    assert_alike(observed, plain)
+    assert seen.count("Net") == 4
+    assert observed.faults == {"not_observed": 4}
+
+
+def test_what_the_loop_passes_in_is_not_changed_twice_and_may_be_filled_anew(run: Path) -> None:
+    """A cache that the forward pass extends, and a batch whose memory the loader uses again."""
+
+    class Caching(Net):
+        def forward(self, ids: torch.Tensor, cache: list[torch.Tensor]) -> torch.Tensor:
+            z = self.hidden(ids) + 0.1 * sum(cache)
+            cache.append(z.detach().mean())
+            return self.head(z)
+
+    def train_on_one_buffer(run: Path | None) -> tuple[list[float], list[torch.Tensor], list[torch.Tensor]]:
+        torch.manual_seed(0)
+        model, cache = each_block(Caching()), []
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        buffer, losses, batches = torch.empty(BATCH, TOKENS, dtype=torch.long), [], []
+        monitor = None if run is None else attach(model, optimizer, run=run, every=1)
+        for _ in range(3):
+            buffer.copy_(torch.randint(0, VOCABULARY, (BATCH, TOKENS)))
+            batches.append(buffer.clone())
+            loss = next_token_loss(model(buffer, cache), buffer)
+            loss.backward()
+            buffer.zero_()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+            assert monitor is None or flushed(monitor)
+        if monitor is not None:
+            monitor.detach()
+            assert monitor.stats().faults == {}
+        return losses, cache, batches
+
+    plain, observed = train_on_one_buffer(None), train_on_one_buffer(run)
+    assert observed[0] == plain[0]
+    assert observed[1] == plain[1]
+    for frame, ids in zip(frames(run), observed[2], strict=True):
+        assert len(positions(frame, ids)) == 8 * frame.num_patches
+
+
+# ---- what a replay says ----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Output:
+    logits: torch.Tensor
+    hidden: torch.Tensor
+
+
+class Deep(Net):
+    """Returns what it computed its output from."""
+
+    kind = "tuple"
+
+    def forward(self, ids: torch.Tensor) -> Any:
+        hidden = self.hidden(ids)
+        logits = self.head(hidden)
+        if self.kind == "dataclass":
+            return Output(logits, hidden)
+        return (logits, logits, hidden) if self.kind == "twice" else (logits, hidden)
+
+
+def deep_loss(output: Any, ids: torch.Tensor) -> torch.Tensor:
+    if isinstance(output, Output):
+        return next_token_loss(output.logits, ids) + 3 * output.hidden.square().mean()
+    logits = (output[0] + output[1]) / 2 if len(output) == 3 else output[0]
+    return next_token_loss(logits, ids) + 3 * output[-1].square().mean()
+
+
+def norms(frame: Frame) -> np.ndarray:
+    (group,) = frame.groups
+    assert group.gradients is not None
+    return np.linalg.norm(group.gradients[:, : 8 * frame.num_patches], axis=(1, 2))  # type: ignore[no-any-return]
+
+
+def as_it_is(model: nn.Module) -> nn.Module:
+    return model
+
+
+@pytest.mark.parametrize("compile_it", [wrapped, wrapped_for_eager, each_block])
+@pytest.mark.parametrize("kind", ["tuple", "twice", "dataclass"])
+def test_gradients_are_told_once_where_outputs_depend_on_one_another(
+    tmp_path: Path, compile_it: Callable[[nn.Module], nn.Module], kind: str
+) -> None:
+    """Against the same model that is not compiled: all 16 patches of the batch are in both frames."""
+    make = type(kind, (Deep,), {"kind": kind})
+    eager = train(make, as_it_is, tmp_path / "eager", loss_of=deep_loss, batch=4)
+    found = train(make, compile_it, tmp_path / "compiled", loss_of=deep_loss, batch=4)
+    assert found.losses == pytest.approx(eager.losses, rel=1e-5)
+    assert found.faults == eager.faults == {}
+    for one, other in zip(frames(tmp_path / "compiled"), frames(tmp_path / "eager"), strict=True):
+        assert norms(one) / norms(other) == pytest.approx(1, abs=5e-3), "bfloat16"
+
+
+def test_the_loss_and_the_batch_are_those_of_the_pass_with_a_backward_pass(run: Path) -> None:
+    torch.manual_seed(0)
+    model = each_block(Net())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    losses, batches = [], []
+    with attach(model, optimizer, run=run, every=1) as monitor:
+        for _ in range(3):
+            ids, others = torch.randint(0, VOCABULARY, (2, BATCH, TOKENS))
+            loss = next_token_loss(model(ids), ids)
+            next_token_loss(model(others), others)  # an evaluation with gradients
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+            batches.append(ids)
+            assert flushed(monitor)
+    assert monitor.stats().faults == {}
+    found = frames(run)
+    assert_finite(found, 3)
+    for frame, loss, ids in zip(found, losses, batches, strict=True):
+        assert frame.scalars["loss"] == pytest.approx(loss, rel=1e-6)
+        assert len(positions(frame, ids)) == 8 * frame.num_patches
+
+
+def test_a_closure_is_not_taken_for_an_older_pass(run: Path) -> None:
+    def closures(run: Path | None) -> tuple[list[float], dict[str, int]]:
+        torch.manual_seed(0)
+        model = wrapped(Net())
+        optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=3)
+        monitor = None if run is None else attach(model, optimizer, run=run, every=1)
+        losses = []
+        for _ in range(3):
+            ids = torch.randint(0, VOCABULARY, (BATCH, TOKENS))
+
+            def closure(ids: torch.Tensor = ids) -> torch.Tensor:
+                optimizer.zero_grad()
+                loss = next_token_loss(model(ids), ids)
+                loss.backward()
+                return loss
+
+            losses.append(optimizer.step(closure).item())  # type: ignore[arg-type]
+        if monitor is not None:
+            monitor.detach()
+        return losses, {} if monitor is None else dict(monitor.stats().faults)
+
+    losses, faults = closures(run)
+    assert losses == closures(None)[0]
+    assert faults == {"not_observed": 3}
+    assert frames(run) == []
+
+
+class SequenceFirst(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, WIDTH)
+        self.blocks = nn.ModuleList([Block() for _ in range(2)])
+        self.head = nn.Linear(WIDTH, VOCABULARY)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        z = self.embedding(ids)
+        for block in self.blocks:
+            z = block(z)
+        return self.head(z)
+
+
+def test_time_steps_are_not_taken_for_sequences(run: Path) -> None:
+    """Of 64 steps of 4 sequences, position by position, some steps would do as well as all."""
+    found = train(
+        SequenceFirst, wrapped, run, call=lambda model, ids: model(ids.T).transpose(0, 1), batch=4, token_dim=0, steps=2
+    )
+    assert found.faults == {}
+    for frame in frames(run):
+        assert frame.num_patches == 4 * TOKENS // 8
+        assert frame.alignment is not None
+        assert (frame.alignment.info[:, 2] == frame.num_patches).all()
+
+
+class Positioned(Net):
+    """Takes arguments whose first dimension is no batch, and as long."""
+
+    def forward(self, ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        z = self.embedding(ids) + self.embedding(positions)
+        scores = (z @ z.transpose(1, 2)).masked_fill(mask, -1e9)
+        z = scores.softmax(-1) @ z
+        for block in self.blocks:
+            z = block(z)
+        return self.head(z)
+
+
+def test_arguments_that_only_look_like_batches(run: Path) -> None:
+    positions, mask = torch.arange(TOKENS), torch.ones(TOKENS, TOKENS, dtype=torch.bool).triu(1)
+    call = {"call": lambda model, ids: model(ids, positions, mask), "batch": TOKENS, "patches": 8}
+    plain = train(Positioned, wrapped, None, **call)  # type: ignore[arg-type]
+    observed = train(Positioned, wrapped, run, **call)  # type: ignore[arg-type]
+    assert_alike(observed, plain)
+    assert observed.faults == {"replay_differs": 1}, "the part cannot be run: whole batches from then on"
+    assert [frame.step for frame in frames(run)] == [1, 2, 3]
+    assert_finite(frames(run), 3)
+
+
+@dataclass
+class Batch:
+    ids: torch.Tensor
+    weight: float = 1.0
+
+
+def test_a_batch_in_an_object_is_run_as_a_whole(run: Path) -> None:
+    class Taking(Net):
+        def forward(self, batch: Batch) -> torch.Tensor:  # type: ignore[override]
+            return self.head(self.hidden(batch.ids)) * batch.weight
+
+    plain = train(Taking, each_block, None, call=lambda model, ids: model(Batch(ids)), batch=64)
+    observed = train(Taking, each_block, run, call=lambda model, ids: model(Batch(ids)), batch=64)
+    assert_alike(observed, plain)
+    assert observed.faults == {}
+    assert_finite(frames(run), 4)
+
+
+def test_an_output_without_tensors_is_a_fault(run: Path) -> None:
+    class Hiding(Net):
+        def forward(self, ids: torch.Tensor) -> Any:
+            return lambda: self.head(self.hidden(ids))
+
+    plain = train(Hiding, each_block, None, loss_of=lambda output, ids: next_token_loss(output(), ids))
+    observed = train(Hiding, each_block, run, loss_of=lambda output, ids: next_token_loss(output(), ids))
+    assert_alike(observed, plain)
+    assert observed.faults == {"not_observed": 4}
+
+
+def test_outputs_that_the_loss_does_not_use_are_no_fault(run: Path) -> None:
+    found = train(
+        type("tuple", (Deep,), {"kind": "tuple"}),
+        wrapped,
+        run,
+        loss_of=lambda output, ids: next_token_loss(output[0], ids),
+    )
+    assert found.faults == {}
+    assert_finite(frames(run), 4)
