@@ -20,6 +20,7 @@ from entropy_hooks.gather import Gathering
 from entropy_hooks.structures import tensors_in
 from entropy_hooks.twin import Twin, Writes, hooks_everywhere, make_twin
 from entropy_hooks.undisturbed import AutocastState, as_in_training, is_sharded
+from entropy_hooks.untouched import ModelReachedError, untouched
 from entropy_hooks.watch import Watch
 from entropy_monitor.types import PATCH_LENGTH
 
@@ -70,6 +71,8 @@ class Replay:
         """Parameters that the model's own code writes to; None until that has been looked into."""
         self._in_parts = True
         """Sequences of a batch are taken to be independent, until a replay of some of them came out otherwise."""
+        self._unfit: str | None = None
+        """Why no pass of this model will be run again."""
 
     def keep_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Kept | None:
         """The model is about to run on these.
@@ -78,6 +81,9 @@ class Replay:
             What has been kept; None where the pass cannot be observed.
         """
         model = self._target.model
+        if self._unfit is not None:
+            self._tell(self._unfit)
+            return None
         if is_sharded(model):
             self._tell("a model that is compiled; found one that is also sharded, which no rank can run by itself")
             return None
@@ -131,17 +137,17 @@ class Replay:
             return None
         gathering = Gathering(self._sampler.draw, self._faults, weights=False)
         capture = gathering.capture
-        with as_in_training(kept.twin.model, kept.autocast):
-            try:
+        try:
+            with untouched(self._target.model), as_in_training(kept.twin.model, kept.autocast):
                 outputs = self._run(kept, gathering)
-            except Exception as error:
-                self._cannot_run(kept, error)
-                return None
-            if capture.sample is None:
-                return None  # counted by who looked at the layers
-            agrees = _agreement(outputs, kept)
-            if self._options.gradients and kept.gradients and len(outputs) == len(kept.outputs):
-                self._differentiate(kept, outputs, gathering)
+                if capture.sample is None:
+                    return None  # counted by who looked at the layers
+                agrees = _agreement(outputs, kept)
+                if self._options.gradients and kept.gradients and len(outputs) == len(kept.outputs):
+                    self._differentiate(kept, outputs, gathering)
+        except Exception as error:
+            self._cannot_run(kept, error)
+            return None
         return self._observed(kept, capture, agrees)
 
     def _run(self, kept: Kept, gathering: Gathering) -> list[torch.Tensor]:
@@ -207,7 +213,10 @@ class Replay:
         self._faults.count("not_observed", f"expected {expected_and_found} (or give observe='probe')")
 
     def _cannot_run(self, kept: Kept, error: Exception) -> None:
-        if kept.rows is None:
+        if isinstance(error, ModelReachedError):
+            self._unfit = f"a compiled model that a copy of it leaves alone; found that {error}"
+            self._tell(self._unfit)
+        elif kept.rows is None:
             self._tell(f"a compiled model that also runs eagerly; found {type(error).__name__}: {error}")
         else:
             self._in_parts = False

@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn.modules import module as global_hooks
 
 from entropy_hooks.copies import detached_copy
+from entropy_hooks.rebound import rebind
 from entropy_hooks.taps import takes_hooks
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ def make_twin(
         for name in _HOOKS:
             hooks = vars(module)[name]
             vars(module)[name] = OrderedDict((key, hook) for key, hook in hooks.items() if _computes_weights(hook))
+    rebind(twin.modules(), kept)
     return Twin(twin, {name: kept[id(tap)] for name, tap in taps.items()}, args, kwargs)
 
 

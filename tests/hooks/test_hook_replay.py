@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 import threading
+import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -267,6 +268,91 @@ def test_so_is_one_that_scales_trained_parameters(run: Path) -> None:
     plain, observed = train(Clamped, each_block, None), train(Clamped, each_block, run)
     assert_alike(observed, plain)
     assert observed.faults == {"not_observed": 1}
+
+
+class Counting(Net):
+    """Counts its calls, and each makes another output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        self.count += 1
+        return self.head(self.hidden(ids)) * (1 + self.count / 10)
+
+
+def with_a_wrapped_forward() -> nn.Module:
+    model, calls = Counting(), [0]
+    original = model.forward
+
+    def forward(ids: torch.Tensor) -> torch.Tensor:
+        calls[0] += 1
+        return original(ids) * (1 + calls[0] / 10)
+
+    model.forward = forward  # type: ignore[method-assign]
+    return model
+
+
+def with_a_compiled_method() -> nn.Module:
+    model = Counting()
+    model.forward = torch.compile(model.forward, backend="aot_eager")  # type: ignore[method-assign]
+    return model
+
+
+class WeaklyTied(Counting):
+    """A child knows its parent."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head.parent = weakref.ref(self)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        parent: Any = self.head.parent()  # type: ignore[operator]
+        parent.count += 1
+        return self.head(self.hidden(ids)) * (1 + parent.count / 10)
+
+
+@pytest.mark.parametrize("make", [with_a_wrapped_forward, with_a_compiled_method, WeaklyTied])
+def test_ways_back_to_the_model_lead_to_the_twin(run: Path, make: Callable[[], nn.Module]) -> None:
+    plain, observed = train(make, each_block, None), train(make, each_block, run)
+    assert_alike(observed, plain)
+    assert observed.model.count == plain.model.count == 4
+    assert observed.faults == {}
+    assert_finite(frames(run), 4)
+
+
+REGISTRY: dict[str, Any] = {}
+
+
+class Registered(Counting):
+    """Finds itself in a global registry."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(WIDTH)
+        REGISTRY["model"] = self
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        model = REGISTRY["model"]
+        model.count += 1
+        z = self.hidden(ids)
+        return model.head(model.norm(z.flatten(0, 1)).view_as(z)) * (1 + model.count / 10)
+
+
+class RegisteredCount(Registered):
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        REGISTRY["model"].count += 1
+        return self.head(self.hidden(ids)) * (1 + REGISTRY["model"].count / 10)
+
+
+@pytest.mark.parametrize("make", [Registered, RegisteredCount])
+def test_a_twin_that_reaches_the_model_is_stopped_and_told(run: Path, make: Callable[[], nn.Module]) -> None:
+    plain, observed = train(make, each_block, None), train(make, each_block, run)
+    assert_alike(observed, plain)
+    assert observed.model.count == 4
+    assert observed.faults == {"not_observed": 4}
+    assert frames(run) == []
 
 
 def test_a_model_that_cannot_be_copied_is_not_observed(run: Path) -> None:
