@@ -17,6 +17,7 @@ from torch.utils.hooks import unserializable_hook
 
 from entropy_hooks.frame import ObservedPass
 from entropy_hooks.gather import Gathering
+from entropy_hooks.outputs import left_in, relations
 from entropy_hooks.structures import tensors_in
 from entropy_hooks.twin import Twin, Writes, hooks_everywhere, make_twin
 from entropy_hooks.undisturbed import AutocastState, as_in_training, is_sharded
@@ -58,6 +59,12 @@ class Kept:
     """What the backward pass gave to each output, at `rows`."""
     whole: set[int] = field(default_factory=set[int])
     """Outputs of which others were computed: their gradient holds what came by those."""
+    unclear: bool = False
+    """What the gradients hold cannot be known, see `outputs.Relations`."""
+    left: dict[str, torch.Tensor] = field(default_factory=dict[str, "torch.Tensor"])
+    """What lay in attributes before the pass."""
+    new: list[str] = field(default_factory=list[str])
+    """Where the pass has left results in attributes: they are the last of its outputs."""
     loss: LossReading | None = None
     """Of its backward pass."""
 
@@ -98,7 +105,7 @@ class Replay:
             return None
         tensors, _ = tensors_in((args, kwargs))
         device = next((tensor.device for tensor in (*tensors, *model.parameters())), torch.device("cpu"))
-        return Kept(twin, writes, AutocastState.now(device.type))
+        return Kept(twin, writes, AutocastState.now(device.type), left=left_in(model))
 
     def keep_output(self, kept: Kept, output: Any, accept: Callable[[], bool]) -> None:
         """The model has run.
@@ -110,15 +117,22 @@ class Replay:
         """
         kept.writes.look_again(self._target.model)
         leaves, _ = tensors_in(output)
+        left = left_in(self._target.model)
+        left = {name: tensor for name, tensor in left.items() if tensor is not kept.left.get(name)}
+        kept.left, kept.new = {}, list(left)
+        num_returned = len(leaves)
+        leaves = [*leaves, *left.values()]
         # What has no history of its own (a parameter) would keep the hook for ever.
         present = {index: leaf for index, leaf in enumerate(leaves) if leaf.grad_fn is not None}
-        kept.rows, kept.batch = self._draw_rows(kept.twin, list(present.values()))
+        returned = [leaf for index, leaf in present.items() if index < num_returned]
+        kept.rows, kept.batch = self._draw_rows(kept.twin, list(present.values()), returned)
         kept.outputs = [_few(leaf, kept.rows) if index in present else None for index, leaf in enumerate(leaves)]
-        repeated, inner = _relations(list(present.values()))
+        related = relations(list(present.values()))
+        kept.unclear = related.unclear
         for number, (index, leaf) in enumerate(present.items()):
-            if number in inner:
+            if number in related.inner:
                 kept.whole.add(index)
-            if number not in repeated:  # else its gradient is told already
+            if number not in related.repeated:  # else its gradient is told already
                 leaf.register_hook(unserializable_hook(self._recorder(kept, index, accept)))
 
     def observe(self, kept: Kept) -> ObservedPass | None:
@@ -161,9 +175,17 @@ class Replay:
         finally:
             watch.remove()
         gathering.capture.token_ids = watch.token_ids
-        return outputs
+        left = left_in(twin.model) if kept.new else {}
+        return [*outputs, *(left.get(name, torch.empty(0)) for name in kept.new)]
 
     def _differentiate(self, kept: Kept, outputs: Sequence[torch.Tensor], gathering: Gathering) -> None:
+        if kept.unclear:
+            self._faults.count(
+                "no_gradients",
+                "expected a compiled model to return what no other output is computed from behind a graph break; found "
+                "an output that is: its layers' gradients are undetermined (torch.compile(fullgraph=True) has none)",
+            )
+            return
         told = {index: gradient for index, gradient in kept.gradients.items() if outputs[index].requires_grad}
         totals = [outputs[index] for index in told if index in kept.whole]
         gathering.differentiate([outputs[index] for index in told], list(told.values()), totals)
@@ -191,7 +213,9 @@ class Replay:
 
         return record
 
-    def _draw_rows(self, twin: Twin, outputs: Sequence[torch.Tensor]) -> tuple[list[int] | None, int]:
+    def _draw_rows(
+        self, twin: Twin, outputs: Sequence[torch.Tensor], returned: Sequence[torch.Tensor]
+    ) -> tuple[list[int] | None, int]:
         """Which sequences are run again: some of them, where the batch is the first dimension all along."""
         tensors, reached = tensors_in((twin.args, twin.kwargs))
         first = next((tensor for tensor in tensors if tensor.dim()), None)
@@ -199,9 +223,9 @@ class Replay:
         alike = batch and outputs and all(leaf.dim() and leaf.shape[0] == batch for leaf in outputs)
         if not self._in_parts or not reached or not alike or self._is_sequence_first(twin):
             return None, batch
-        length = next((leaf.shape[1] for leaf in outputs if leaf.dim() > 2), PATCH_LENGTH)
+        length = next((leaf.shape[1] for leaf in returned if leaf.dim() > 2), PATCH_LENGTH)
         rows = self._sampler.draw_sequences(batch, _MIN_SEQUENCES, length)
-        rows = rows[: max(1, _MAX_OUTPUT_ENTRIES // max(1, sum(leaf[0].numel() for leaf in outputs)))]
+        rows = rows[: max(1, _MAX_OUTPUT_ENTRIES // max(1, sum(leaf[0].numel() for leaf in returned)))]
         return (rows if len(rows) < batch else None), batch
 
     def _is_sequence_first(self, twin: Twin) -> bool:
@@ -235,32 +259,6 @@ class Replay:
             "that depend on one another?): gradients and alignment of that step are undetermined; from now on whole "
             "batches are run",
         )
-
-
-def _relations(outputs: Sequence[torch.Tensor]) -> tuple[set[int], set[int]]:
-    """How outputs of one pass depend on one another; within one compiled graph that is not seen, nor felt.
-
-    Args:
-        outputs: tensors with a history.
-
-    Returns:
-        Numbers of those that an earlier one already is, and of those from which others were computed.
-    """
-    if len(outputs) < 2:
-        return set(), set()
-    nodes: dict[int, Any] = {id(node): node for node in (output.grad_fn for output in outputs)}
-    places = [(id(output.grad_fn), output.output_nr) for output in outputs]
-    led_to: set[tuple[int, int]] = set()
-    ahead = list(nodes.values())
-    while ahead:
-        for node, index in ahead.pop().next_functions:
-            if node is not None:
-                led_to.add((id(node), index))
-                if id(node) not in nodes:
-                    nodes[id(node)] = node  # and kept alive, so that no other is given its id
-                    ahead.append(node)
-    repeated = {number for number, place in enumerate(places) if place in places[:number]}
-    return repeated, {number for number, place in enumerate(places) if place in led_to}
 
 
 def _part(leaf: Any, kept: Kept) -> Any:

@@ -15,11 +15,12 @@ _DEPTH = 4
 _NO_STRUCTURE = (type, FunctionType, MethodType, ModuleType, nn.Module)
 
 
-def tensors_in(structure: Any) -> tuple[list[torch.Tensor], bool]:
+def tensors_in(structure: Any, depth: int = _DEPTH) -> tuple[list[torch.Tensor], bool]:
     """All tensors of a structure, in order.
 
     Args:
         structure: containers that torch knows, dataclasses, and objects with tensors among their attributes.
+        depth: objects within objects.
 
     Returns:
         The tensors, and whether `torch.utils._pytree` reaches all of them, so that it can put others in their place.
@@ -29,7 +30,7 @@ def tensors_in(structure: Any) -> tuple[list[torch.Tensor], bool]:
     """
     if isinstance(structure, torch.Tensor):  # as most often
         return [structure], True
-    return _search(structure, _DEPTH)
+    return _search(structure, depth)
 
 
 def _search(structure: Any, depth: int) -> tuple[list[torch.Tensor], bool]:

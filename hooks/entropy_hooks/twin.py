@@ -71,7 +71,7 @@ def make_twin(
         vars(module)["_compiled_call_impl"] = None
         for name in _HOOKS:
             hooks = vars(module)[name]
-            vars(module)[name] = OrderedDict((key, hook) for key, hook in hooks.items() if _computes_weights(hook))
+            vars(module)[name] = OrderedDict((key, hook) for key, hook in hooks.items() if computes_weights(hook))
     rebind(twin.modules(), kept)
     return Twin(twin, {name: kept[id(tap)] for name, tap in taps.items()}, args, kwargs)
 
@@ -147,5 +147,10 @@ def _hook_dictionaries(module: nn.Module) -> Iterator[dict[int, Any]]:
             yield value
 
 
-def _computes_weights(hook: Any) -> bool:
+def computes_weights(hook: Any) -> bool:
+    """Whether a hook is torch's own and makes a weight before each call.
+
+    Returns:
+        True or False.
+    """
     return str(getattr(hook, "__module__", "")).startswith(_COMPUTE_WEIGHTS)
