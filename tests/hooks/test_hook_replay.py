@@ -696,14 +696,93 @@ class Positioned(Net):
 
 
 def test_arguments_that_only_look_like_batches(run: Path) -> None:
+    """Lengths alone cannot tell them from batches: the whole batch is run."""
     positions, mask = torch.arange(TOKENS), torch.ones(TOKENS, TOKENS, dtype=torch.bool).triu(1)
     call = {"call": lambda model, ids: model(ids, positions, mask), "batch": TOKENS, "patches": 8}
     plain = train(Positioned, wrapped, None, **call)  # type: ignore[arg-type]
     observed = train(Positioned, wrapped, run, **call)  # type: ignore[arg-type]
     assert_alike(observed, plain)
-    assert observed.faults == {"replay_differs": 1}, "the part cannot be run: whole batches from then on"
-    assert [frame.step for frame in frames(run)] == [1, 2, 3]
-    assert_finite(frames(run), 3)
+    assert observed.faults == {}
+    assert_finite(frames(run), 4)
+
+
+class Stateful(Net):
+    """Takes a state as recurrent layers do, ``[1, B, d]``."""
+
+    def forward(self, ids: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+        return self.head(self.hidden(ids) + state.transpose(0, 1))
+
+
+def test_a_batch_that_is_not_the_first_dimension_everywhere(run: Path) -> None:
+    state = torch.randn(1, 64, WIDTH)
+    observed = train(Stateful, wrapped, run, call=lambda model, ids: model(ids, state), batch=64)
+    assert observed.faults == {}
+    assert_finite(frames(run), 4)
+
+
+class Weighted(Net):
+    """Takes a weight for each word, or whatever it is given."""
+
+    def forward(self, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        if len(weights) == VOCABULARY:
+            return self.head(self.hidden(ids)) * weights
+        return self.head(self.hidden(ids)) * weights.mean()  # a part of them fits as well
+
+
+class StrictlyWeighted(Net):
+    def forward(self, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        return self.head(self.hidden(ids)) * weights
+
+
+@pytest.mark.parametrize("make", [Weighted, StrictlyWeighted])
+def test_as_many_words_as_sequences(run: Path, make: Callable[[], nn.Module]) -> None:
+    """What is taken for a batch in vain is noticed: the part cannot be run, or comes out otherwise."""
+    weights = torch.linspace(0.5, 1.5, VOCABULARY)
+    call = {"call": lambda model, ids: model(ids, weights), "batch": VOCABULARY, "patches": 8}
+    plain = train(make, wrapped, None, **call)  # type: ignore[arg-type]
+    observed = train(make, wrapped, run, **call)  # type: ignore[arg-type]
+    assert_alike(observed, plain)
+    assert observed.faults == {"replay_differs": 1}, "whole batches from then on"
+    found = {frame.step: frame for frame in frames(run)}
+    assert_finite([found[step] for step in (1, 2, 3)], 3)
+    if 0 in found:
+        assert found[0].gradients is not None
+        assert np.isnan(found[0].gradients[:, : 8 * found[0].num_patches]).all()
+
+
+class Rows(nn.Module):
+    """Each row of its input is a token: they are one sequence."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(8, WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 4)
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.tanh(self.second(torch.tanh(self.first(pixels.flatten(1))))))
+
+
+def test_rows_that_are_tokens_are_counted_as_such(run: Path) -> None:
+    pixels = torch.randn(256, 1, 2, 4, generator=torch.Generator().manual_seed(0))
+    found = train(
+        Rows, wrapped, run, loss_of=lambda output, _: output.square().mean(), call=lambda model, _: model(pixels)
+    )
+    assert found.faults == {}
+    first, *others = frames(run)
+    assert first.num_patches == 8, "a part, before it is known what rows are"
+    assert [frame.num_patches for frame in others] == [32] * 3, "fewer than 64: all"
+    for frame in (first, *others):
+        assert frame.alignment is not None
+        assert (frame.alignment.info[:, 2] == 256 / 8).all()
+    found = train(
+        Rows,
+        wrapped,
+        run.with_name("few"),
+        loss_of=lambda output, _: output.square().mean(),
+        call=lambda model, _: model(pixels),
+        patches=4,
+    )
+    assert found.faults == {}
+    assert [frame.num_patches for frame in frames(run.with_name("few"))] == [1, 4, 4, 4]
 
 
 @dataclass
