@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from entropy_hooks import attach
+from entropy_hooks.twin import make_twin
 
 from .training import flushed, frames, positions
 
@@ -270,6 +271,54 @@ def test_so_is_one_that_scales_trained_parameters(run: Path) -> None:
     plain, observed = train(Clamped, each_block, None), train(Clamped, each_block, run)
     assert_alike(observed, plain)
     assert observed.faults == {"not_observed": 1}
+
+
+class Hiding(Net):
+    """Hides a teacher in a list, and an optimizer beside it."""
+
+    moves = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden_teacher = [nn.Linear(WIDTH, VOCABULARY).requires_grad_(False)]
+        self.hidden_teacher[0].register_forward_hook(lambda *_: CALLS.append("teacher"))
+        self.own = torch.optim.SGD(self.parameters(), lr=0.1)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        (teacher,) = self.hidden_teacher
+        if self.moves:
+            teacher.weight.mul_(0.9).add_(self.head.weight.detach(), alpha=0.1)
+        z = self.hidden(ids)
+        return self.head(z) + teacher(z)
+
+
+class HidingMoving(Hiding):
+    moves = True
+
+
+CALLS: list[str] = []
+
+
+@pytest.mark.parametrize("make", [Hiding, HidingMoving])
+def test_a_hidden_module_is_treated_as_the_others(run: Path, make: Callable[[], nn.Module]) -> None:
+    plain = train(make, each_block, None)
+    CALLS.clear()
+    observed = train(make, each_block, run)
+    assert_alike(observed, plain)
+    assert len(CALLS) == 4
+    teachers = [trained.model.hidden_teacher[0].weight for trained in (plain, observed)]  # type: ignore[index,union-attr]
+    assert torch.equal(*teachers)
+    assert observed.faults == ({"not_observed": 1} if make is HidingMoving else {})
+    assert_finite(frames(run), 3 if make is HidingMoving else 4)
+
+
+def test_a_twin_shares_what_is_large() -> None:
+    model = Hiding()
+    twin: Any = make_twin(model, {}, (), {}, ()).model
+    assert twin.head.weight is model.head.weight
+    assert twin.hidden_teacher[0] is not model.hidden_teacher[0]
+    assert twin.hidden_teacher[0].weight is model.hidden_teacher[0].weight
+    assert twin.own is model.own
 
 
 class Counting(Net):
@@ -804,12 +853,12 @@ def test_a_batch_in_an_object_is_run_as_a_whole(run: Path) -> None:
 
 
 def test_an_output_without_tensors_is_a_fault(run: Path) -> None:
-    class Hiding(Net):
+    class Closed(Net):
         def forward(self, ids: torch.Tensor) -> Any:
             return lambda: self.head(self.hidden(ids))
 
-    plain = train(Hiding, each_block, None, loss_of=lambda output, ids: next_token_loss(output(), ids))
-    observed = train(Hiding, each_block, run, loss_of=lambda output, ids: next_token_loss(output(), ids))
+    plain = train(Closed, each_block, None, loss_of=lambda output, ids: next_token_loss(output(), ids))
+    observed = train(Closed, each_block, run, loss_of=lambda output, ids: next_token_loss(output(), ids))
     assert_alike(observed, plain)
     assert observed.faults == {"not_observed": 4}
 
