@@ -10,6 +10,10 @@ from torch import nn
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+OWN_ATTRIBUTES = frozenset(vars(nn.Module()))
+"""Those that every module has."""
+_PLAIN = frozenset({int, float, bool, str, type(None)})
+
 
 def all_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Look into attributes, and into the containers among them.
@@ -31,6 +35,8 @@ def all_modules(model: nn.Module) -> dict[str, nn.Module]:
     while ahead:
         path, module = ahead.popleft()
         for name, value in vars(module).items():
+            if type(value) in _PLAIN or name in OWN_ATTRIBUTES:  # as nearly all are: a model may have thousands
+                continue
             for place, hidden in _modules_in(value):
                 if id(hidden) in seen:
                     continue
