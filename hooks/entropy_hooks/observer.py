@@ -176,7 +176,7 @@ class Observer:
             self.capture.loss = self.passes.loss
         if seen.kept is not None:
             self.kept = seen.kept
-            self.kept.loss = self.passes.loss
+            self.kept.begin_backward(self.passes.roots, self.passes.loss)
 
     def end_backward(self) -> None:
         """See `passes.PassListener`."""

@@ -51,8 +51,8 @@ class Relations:
 
     repeated: frozenset[int]
     """Numbers of those that an earlier one already is."""
-    inner: frozenset[int]
-    """Of those from which others were computed: their gradient holds what came by the others."""
+    behind: tuple[frozenset[int], ...]
+    """For each output, the numbers of those that were computed from it: its gradient holds what came by them."""
     unclear: bool
     """Others were computed from one of them and also from what the same compiled graph may have made of it: how much of
     the gradient has been told cannot be known."""
@@ -68,22 +68,64 @@ def relations(outputs: Sequence[torch.Tensor]) -> Relations:
         How they depend on one another.
     """
     if len(outputs) < 2:
-        return Relations(frozenset(), frozenset(), unclear=False)
-    nodes: dict[int, Any] = {id(node): node for node in (output.grad_fn for output in outputs)}
+        return Relations(frozenset(), (frozenset(),) * len(outputs), unclear=False)
+    alive: dict[int, Any] = {id(node): node for node in (output.grad_fn for output in outputs)}
     places = [(id(output.grad_fn), output.output_nr) for output in outputs]
+    numbers: dict[tuple[int, int], int] = {}
+    for number, place in enumerate(places):
+        numbers.setdefault(place, number)
     led_to: set[tuple[int, int]] = set()
-    ahead = list(nodes.values())
+    next_ones: dict[int, set[int]] = {}
+    for place, number in numbers.items():
+        next_ones[number] = _outputs_below(alive[place[0]], numbers, alive, led_to)
+    behind: list[set[int]] = [set() for _ in outputs]
+    for number in next_ones:
+        for below in _closure(number, next_ones):
+            behind[below].add(number)
+    compiled = {
+        places[number] for number, others in enumerate(behind) if others and _is_compiled(alive[places[number][0]])
+    }
+    inside = led_to - numbers.keys()
+    return Relations(
+        frozenset(number for number, place in enumerate(places) if numbers[place] != number),
+        tuple(map(frozenset, behind)),
+        any(node == other for node, _ in compiled for other, _ in inside),
+    )
+
+
+def _outputs_below(
+    start: Any, numbers: dict[tuple[int, int], int], alive: dict[int, Any], led_to: set[tuple[int, int]]
+) -> set[int]:
+    """Walk from one output, no further than to the next ones.
+
+    Returns:
+        Their numbers.
+    """
+    found: set[int] = set()
+    seen, ahead = {id(start)}, [start]
     while ahead:
         for node, index in ahead.pop().next_functions:
-            if node is not None:
-                led_to.add((id(node), index))
-                if id(node) not in nodes:
-                    nodes[id(node)] = node  # and kept alive, so that no other is given its id
-                    ahead.append(node)
-    inner = {number for number, place in enumerate(places) if place in led_to}
-    compiled = {place for place in (places[number] for number in inner) if _COMPILED in nodes[place[0]].name()}
-    return Relations(
-        frozenset(number for number, place in enumerate(places) if place in places[:number]),
-        frozenset(inner),
-        any(node == other and index != another for node, index in compiled for other, another in led_to),
-    )
+            if node is None:
+                continue
+            alive[id(node)] = node  # so that no other is given its id
+            led_to.add((id(node), index))
+            if (id(node), index) in numbers:
+                found.add(numbers[id(node), index])
+            elif id(node) not in seen:
+                seen.add(id(node))
+                ahead.append(node)
+    return found
+
+
+def _closure(start: int, next_ones: dict[int, set[int]]) -> set[int]:
+    found: set[int] = set()
+    ahead = [start]
+    while ahead:
+        new = next_ones[ahead.pop()] - found
+        found |= new
+        ahead.extend(new)
+    return found
+
+
+def _is_compiled(node: Any) -> bool:
+    return _COMPILED in node.name()

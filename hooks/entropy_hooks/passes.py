@@ -103,6 +103,11 @@ class Passes:
         """All or a part of the model runs as a compiled graph."""
         return self.entry.compiled
 
+    @property
+    def roots(self) -> tuple[Any, ...]:
+        """Of the backward pass under way."""
+        return () if self._backward is None else self._backward.roots
+
     def open_parts(self) -> None:
         """Watch the model's parts too, for a loop that never calls the model as a whole.
 
@@ -214,7 +219,7 @@ class Passes:
         if current is None:
             self._look_for_compiled(roots)
             return
-        self._backward = under_way = _Backward(thread)
+        self._backward = under_way = _Backward(thread, roots)
         try:
             under_way.loss = read_loss(roots, gradients)
         finally:
@@ -267,6 +272,8 @@ class Passes:
 @dataclass(slots=True)
 class _Backward:
     thread: int
+    roots: tuple[Any, ...]
+    """What it was called with."""
     loss: LossReading | None = None
     reached: set[int] = field(default_factory=set[int])
     """Numbers of the passes that it has reached."""

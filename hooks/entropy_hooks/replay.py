@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils.hooks import unserializable_hook
 
 from entropy_hooks.agreement import agreement, few
+from entropy_hooks.entries import Entries
 from entropy_hooks.frame import ObservedPass
 from entropy_hooks.gather import Gathering
 from entropy_hooks.outputs import left_in, relations
@@ -25,7 +25,7 @@ from entropy_hooks.untouched import ModelReachedError, untouched
 from entropy_hooks.watch import Watch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Collection, Sequence
 
     from entropy_hooks.capture import Capture
     from entropy_hooks.faults import Faults
@@ -34,6 +34,16 @@ if TYPE_CHECKING:
     from entropy_hooks.target import Target
     from entropy_hooks.tokens import PatchSampler
     from entropy_monitor.config import MonitorOptions
+
+_BEHIND_A_BREAK = (
+    "expected a compiled model to return nothing from which it computes more both in that graph and behind it; found "
+    "such an output (a graph break, or a view of it is returned too)"
+)
+_NO_GRADIENT = "expected a backward pass to reach what a compiled model has returned; found none (written to in place?)"
+_ENTERS_ELSEWHERE = (
+    "expected the loss to be computed from what a compiled model returns or leaves in attributes; found that it also "
+    "uses what lies within (handed out by a hook, a gradient penalty?)"
+)
 
 
 @dataclass(slots=True)
@@ -49,16 +59,28 @@ class Kept:
     """A few entries of each output that has a gradient."""
     gradients: dict[int, torch.Tensor] = field(default_factory=dict[int, torch.Tensor])
     """What the backward pass gave to each output; of a part, at its rows."""
-    whole: set[int] = field(default_factory=set[int])
-    """Outputs of which others were computed: their gradient holds what came by those."""
-    unclear: bool = False
-    """What the gradients hold cannot be known, see `outputs.Relations`."""
+    behind: dict[int, frozenset[int]] = field(default_factory=dict[int, frozenset[int]])
+    """For an output of which others were computed, these: its gradient holds what came by them."""
+    entries: Entries = field(default_factory=Entries)
+    unclear: str | None = None
+    """Why the gradients of the layers cannot be told from those of the outputs."""
     left: dict[str, torch.Tensor] = field(default_factory=dict[str, "torch.Tensor"])
     """What lay in attributes before the pass."""
     new: list[str] = field(default_factory=list[str])
     """Where the pass has left results in attributes: they are the last of its outputs."""
     loss: LossReading | None = None
     """Of its backward pass."""
+
+    def begin_backward(self, roots: tuple[Any, ...], loss: LossReading | None) -> None:
+        """Its backward pass has come.
+
+        Args:
+            roots: where that began.
+            loss: what they say.
+        """
+        self.loss = loss
+        if not self.entries.are_all_of(roots):
+            self.unclear = _ENTERS_ELSEWHERE
 
 
 class Replay:
@@ -119,13 +141,15 @@ class Replay:
         part = kept.part = self._parts.draw(kept.twin, list(present.values()), returned)
         rows = None if part is None else part.rows
         kept.outputs = [few(leaf, rows) if index in present else None for index, leaf in enumerate(leaves)]
-        related = relations(list(present.values()))
-        kept.unclear = related.unclear
+        kept.entries.close(present.values())
+        numbers, related = list(present), relations(list(present.values()))
+        kept.unclear = _BEHIND_A_BREAK if related.unclear else None
         for number, (index, leaf) in enumerate(present.items()):
-            if number in related.inner:
-                kept.whole.add(index)
-            if number not in related.repeated:  # else its gradient is told already
-                leaf.register_hook(unserializable_hook(self._recorder(kept, index, accept)))
+            if related.behind[number]:
+                kept.behind[index] = frozenset(numbers[other] for other in related.behind[number])
+            if number not in related.repeated and leaf.grad_fn is not None:  # else its gradient is told already
+                # Of the node, not of the tensor: it is called behind all hooks of the user's on that.
+                leaf.grad_fn.register_prehook(self._recorder(kept, index, leaf.output_nr, accept))
 
     def observe(self, kept: Kept) -> ObservedPass | None:
         """Run a kept pass again, and observe it.
@@ -150,7 +174,7 @@ class Replay:
                     self._parts.possible = False  # the whole batch may hold a patch
                     return None  # counted by who looked at the layers
                 agrees = agreement(outputs, kept.outputs, None if kept.part is None else len(kept.part.rows))
-                if self._options.gradients and kept.gradients and len(outputs) == len(kept.outputs):
+                if self._options.gradients and len(outputs) == len(kept.outputs):
                     self._differentiate(kept, outputs, gathering)
         except Exception as error:
             self._cannot_run(kept, error)
@@ -172,15 +196,11 @@ class Replay:
         return [*outputs, *(left.get(name, torch.empty(0)) for name in kept.new)]
 
     def _differentiate(self, kept: Kept, outputs: Sequence[torch.Tensor], gathering: Gathering) -> None:
-        if kept.unclear:
-            self._faults.count(
-                "no_gradients",
-                "expected a compiled model to return what no other output is computed from behind a graph break; found "
-                "an output that is: its layers' gradients are undetermined (torch.compile(fullgraph=True) has none)",
-            )
+        told = {index: gradient for index, gradient in kept.gradients.items() if outputs[index].grad_fn is not None}
+        if unclear := kept.unclear or (None if told else _NO_GRADIENT) or _differs(kept.behind, told, outputs):
+            self._faults.count("no_gradients", f"{unclear}: its layers' gradients are undetermined")
             return
-        told = {index: gradient for index, gradient in kept.gradients.items() if outputs[index].requires_grad}
-        totals = [outputs[index] for index in told if index in kept.whole]
+        totals = [outputs[index] for index in told if index in kept.behind]
         gathering.differentiate([outputs[index] for index in told], list(told.values()), totals)
 
     def _observed(self, kept: Kept, capture: Capture, agrees: torch.Tensor) -> ObservedPass:
@@ -196,10 +216,12 @@ class Replay:
             num_batch_patches=sample.num_batch_patches if kept.part is None else kept.part.patches_of_batch(sample),
         )
 
-    def _recorder(self, kept: Kept, index: int, accept: Callable[[], bool]) -> Callable[[torch.Tensor | None], None]:
-        def record(gradient: torch.Tensor | None) -> None:
+    def _recorder(
+        self, kept: Kept, index: int, at: int, accept: Callable[[], bool]
+    ) -> Callable[[tuple[torch.Tensor | None, ...]], None]:
+        def record(gradients: tuple[torch.Tensor | None, ...]) -> None:
             try:
-                if gradient is not None and accept():
+                if (gradient := gradients[at]) is not None and accept():
                     gradient = gradient.detach()
                     kept.gradients[index] = gradient if kept.part is None else kept.part.of(gradient)
             except Exception as error:
@@ -233,3 +255,24 @@ class Replay:
             "that depend on one another?): gradients and alignment of that step are undetermined; from now on whole "
             "batches are run",
         )
+
+
+def _differs(behind: dict[int, frozenset[int]], told: Collection[int], outputs: Sequence[torch.Tensor]) -> str | None:
+    """In the replay, which has no compiled graphs, all is seen of how outputs depend on one another.
+
+    Args:
+        behind: what training's graph showed of it.
+        told: outputs whose gradients are known.
+        outputs: of the replay.
+
+    Returns:
+        What was not seen where it had to be.
+    """
+    if not behind.keys() & told:
+        return None
+    numbers = list(told)
+    again = relations([outputs[index] for index in numbers])
+    for index, others in zip(numbers, again.behind, strict=True):
+        if index in behind and not {numbers[other] for other in others} <= behind[index]:
+            return _BEHIND_A_BREAK
+    return None

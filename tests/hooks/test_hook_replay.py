@@ -583,6 +583,81 @@ def test_gradients_are_those_of_eager_autograd(
         assert float((one - other).norm() / other.norm()) < 1e-5
 
 
+class Viewed(Net):
+    """Returns a view of what it returns and computes more from."""
+
+    def forward(self, ids: torch.Tensor) -> Any:
+        hidden = self.hidden(ids)
+        return self.head(hidden), hidden, hidden[:, -1]
+
+
+def viewed_loss(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    logits, hidden, last = model(ids)
+    return next_token_loss(logits, ids) + hidden.square().mean() + 3 * last.abs().mean()
+
+
+def hooked_loss(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """The user's own hook changes the gradient of what the model returned."""
+    logits = model(ids)
+    logits.register_hook(lambda gradient: 2 * gradient)
+    return next_token_loss(logits, ids)
+
+
+FEATURES: list[torch.Tensor] = []
+
+
+def with_features() -> nn.Module:
+    model = Net()
+    model.blocks[0].register_forward_hook(lambda module, args, output: FEATURES.append(output))
+    return model
+
+
+def distillation_loss(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """Uses what a hook has handed out."""
+    FEATURES.clear()
+    return next_token_loss(model(ids), ids) + 3 * FEATURES[-1].square().mean()
+
+
+def written_loss(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    return next_token_loss(model(ids).mul_(2), ids)
+
+
+def penalised_loss(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """Parameters are no layer's output."""
+    return next_token_loss(model(ids), ids) + sum(entry.square().sum() for entry in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("make", "loss_of", "compile_it", "told"),
+    [
+        (Net, hooked_loss, wrapped, True),
+        (Net, hooked_loss, each_block, True),
+        (Net, penalised_loss, wrapped, True),
+        (Net, penalised_loss, each_block, True),
+        (Net, written_loss, wrapped, True),
+        (Net, written_loss, each_block, False),
+        (Viewed, viewed_loss, wrapped, False),
+        (Viewed, viewed_loss, wrapped_for_eager, True),
+        (Viewed, viewed_loss, each_block, True),
+        (with_features, distillation_loss, wrapped, False),
+        (with_features, distillation_loss, each_block, False),
+    ],
+)
+def test_gradients_are_right_or_undetermined(
+    tmp_path: Path,
+    make: Callable[[], nn.Module],
+    loss_of: Callable[[nn.Module, torch.Tensor], torch.Tensor],
+    compile_it: Callable[[nn.Module], nn.Module],
+    told: bool,
+) -> None:
+    expected, _ = float_gradients(make, as_it_is, tmp_path / "eager", loss_of)
+    found, faults = float_gradients(make, compile_it, tmp_path / "compiled", loss_of)
+    assert len(found) == (len(expected) if told else 0)
+    assert faults == ({} if told else {"no_gradients": 1})
+    for one, other in zip(found, expected, strict=told):
+        assert float((one - other).norm() / other.norm()) < 1e-5
+
+
 def test_gradients_that_cannot_be_told_are_undetermined(tmp_path: Path) -> None:
     def loss_of(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
         logits, first = model(ids)
