@@ -56,6 +56,8 @@ class Observer:
         """Tokens of the forward passes since the last optimizer step; 0 without an embedding."""
         self.on_inputs: Callable[[tuple[Any, ...], dict[str, Any]], None] | None = None
         """Is called with the model's arguments at each training forward pass."""
+        self.on_backward: Callable[[], None] | None = None
+        """Is called when a backward pass of the model has ended."""
         self._eagerly = contextlib.ExitStack()
         """Holds while a compiled model is made to run eagerly, so that it can be steered."""
         self._hooked: set[str] = set()
@@ -175,6 +177,11 @@ class Observer:
         if seen.kept is not None:
             self.kept = seen.kept
             self.kept.loss = self.passes.loss
+
+    def end_backward(self) -> None:
+        """See `passes.PassListener`."""
+        if self.on_backward is not None:
+            self.on_backward()
 
     def end_step(self) -> None:
         """Forget the step that has ended."""

@@ -50,6 +50,9 @@ class PassListener(Protocol):
     def begin_backward(self, seen: Pass) -> None:
         """The backward pass of a training pass has reached its output; it is the newest of those that were reached."""
 
+    def end_backward(self) -> None:
+        """That backward pass has ended."""
+
 
 @dataclass(slots=True, eq=False)
 class Pass:
@@ -201,8 +204,10 @@ class Passes:
     def after_backward(self) -> None:
         """The backward pass has ended."""
         if self._backward is not None and self._backward.thread == threading.get_ident():
+            reached, self._backward = self._backward.reached, None
             self.micro_batches.leave_backward()
-            self._backward = None
+            if reached:
+                self._guard.run(self._listener.end_backward)
 
     def _begin_backward(self, thread: int, roots: tuple[Any, ...], gradients: Any) -> None:
         current = self.current

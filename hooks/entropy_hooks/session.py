@@ -72,6 +72,8 @@ class Session:
         self._assembler = FrameAssembler(options, target.layers, self._ring, faults)
         self._sampled = False
         """The step under way is sampled."""
+        self._in_optimizer = False
+        """An optimizer is stepping: a pass that runs now runs in a closure."""
         self._observed: ObservedPass | None = None
         self._exact: torch.Tensor | None = None
         """This step's exact alignment, if it is audited."""
@@ -88,6 +90,7 @@ class Session:
         before, after = (functools.partial(run_guarded, act) for act in (self._before_step, self._after_step))
         self._boundary = StepBoundary(target, before, after)
         self._observer.passes.on_forward = self._boundary.begin_forward
+        self._observer.on_backward = self._after_backward
 
     def overhead(self, clock: Clock | None = None) -> Overhead:
         """What observing costs, see `cost.overhead`."""
@@ -142,6 +145,14 @@ class Session:
                 self._replay_training()
             else:
                 self._observe_training()
+        self._in_optimizer = True
+
+    def _after_backward(self) -> None:
+        """A closure's pass is run again at once: once the closure returns, the parameters are other ones."""
+        if self._in_optimizer and self._sampled and self._observer.replays:
+            self._replay_training()
+            if self._observed is not None:
+                self._observed.grad_norm = None  # the closure may go on to clip: left to the end of the step
 
     def _ask_probe(self, probe: ProbeSampler) -> None:
         every = self._options.exact_alignment_every
@@ -170,15 +181,9 @@ class Session:
         self._complete(observed, capture.loss)
 
     def _replay_training(self) -> None:
-        kept = self._observer.to_replay
+        kept, self._observer.kept = self._observer.to_replay, None
         if kept is None:
-            if self._observer.passes.current is None:
-                self._faults.count(
-                    "not_observed",
-                    "expected a compiled model to run before the optimizer's step; found no pass (a closure?): "
-                    "give observe='probe'",
-                )
-            return  # else counted where it was met
+            return  # counted where it was met, or looked for when the step has ended
         with self._observer.guard.silenced():
             observed = self._observer.replay.observe(kept)
         if observed is not None:
@@ -199,6 +204,7 @@ class Session:
 
     def _after_step(self) -> None:
         """One optimizer step is done: record it, then apply what was commanded, then begin the next."""
+        self._in_optimizer = False
         try:
             self._record_step()
         finally:  # whatever could not be recorded, the steps go on being counted
@@ -282,6 +288,13 @@ class Session:
                 "fewer_micro_batches",
                 f"expected {micro_batches.expected} backward passes before the optimizer's step; found "
                 f"{micro_batches.count}, an epoch's end?: this step has no frame, the next ones are watched closely",
+            )
+            return
+        if self._observer.replays and self._observer.passes.current is None:
+            self._faults.count(
+                "not_observed",
+                "expected a compiled model to run before the optimizer steps, or in its closure; found no pass "
+                "(compiled inside a larger function?): compile the model itself, or give observe='probe'",
             )
             return
         if self._observer.replays or (capture is not None and capture.too_short):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import random
 import threading
 import weakref
@@ -576,30 +577,83 @@ def test_the_loss_and_the_batch_are_those_of_the_pass_with_a_backward_pass(run: 
         assert len(positions(frame, ids)) == 8 * frame.num_patches
 
 
-def test_a_closure_is_not_taken_for_an_older_pass(run: Path) -> None:
-    def closures(run: Path | None) -> tuple[list[float], dict[str, int]]:
-        torch.manual_seed(0)
-        model = wrapped(Net())
-        optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=3)
-        monitor = None if run is None else attach(model, optimizer, run=run, every=1)
-        losses = []
-        for _ in range(3):
+def with_closures(
+    run: Path | None, compile_it: Callable[[nn.Module], nn.Module], optimizer_of: Callable[..., torch.optim.Optimizer]
+) -> tuple[Trained, list[list[float]], list[torch.Tensor]]:
+    """All losses of each step, and its batch."""
+    torch.manual_seed(0)
+    model = Net()
+    called = compile_it(model)
+    optimizer = optimizer_of(model.parameters())
+    monitor = None if run is None else attach(called, optimizer, run=run, every=1)
+    losses: list[list[float]] = []
+    batches: list[torch.Tensor] = []
+    for _ in range(3):
+        ids = torch.randint(0, VOCABULARY, (BATCH, TOKENS))
+        batches.append(ids)
+        losses.append([])
+
+        def closure(ids: torch.Tensor = ids) -> torch.Tensor:
+            optimizer.zero_grad()
+            loss = next_token_loss(called(ids), ids)
+            loss.backward()
+            losses[-1].append(loss.item())
+            return loss
+
+        optimizer.step(closure)  # type: ignore[arg-type]
+        assert monitor is None or flushed(monitor)
+    if monitor is not None:
+        monitor.detach()
+    faults = {} if monitor is None else dict(monitor.stats().faults)
+    return Trained([step[-1] for step in losses], model, faults), losses, batches
+
+
+@pytest.mark.parametrize("compile_it", [wrapped, each_block])
+def test_a_closure_s_pass_is_run_again_before_the_optimizer_steps(
+    tmp_path: Path, compile_it: Callable[[nn.Module], nn.Module]
+) -> None:
+    """As Lightning trains; after the step its parameters are gone."""
+    adamw = functools.partial(torch.optim.AdamW, lr=0.1)
+    plain, _, _ = with_closures(None, compile_it, adamw)
+    with_closures(tmp_path / "eager", as_it_is, adamw)
+    observed, losses, batches = with_closures(tmp_path / "run", compile_it, adamw)
+    assert_alike(observed, plain)
+    assert observed.faults == {}
+    found, expected = frames(tmp_path / "run"), frames(tmp_path / "eager")
+    assert_finite(found, 3)
+    for one, other, loss, ids in zip(found, expected, losses, batches, strict=True):
+        assert one.scalars["loss"] == pytest.approx(loss[-1], rel=1e-6)
+        assert one.scalars["grad_norm"] == pytest.approx(other.scalars["grad_norm"], rel=1e-5)
+        places = (np.argsort([16 * row + at for row, at in positions(frame, ids)]) for frame in (one, other))
+        values = [frame.gradients[:, place] for frame, place in zip((one, other), places, strict=True)]  # type: ignore[index]
+        assert np.linalg.norm(values[0] - values[1]) / np.linalg.norm(values[1]) < 5e-3, "bfloat16"
+
+
+def test_a_closure_that_runs_several_times_is_observed_in_its_last_pass(run: Path) -> None:
+    lbfgs = functools.partial(torch.optim.LBFGS, lr=0.1, max_iter=3)
+    plain, _, _ = with_closures(None, wrapped, lbfgs)
+    observed, losses, batches = with_closures(run, wrapped, lbfgs)
+    assert_alike(observed, plain)
+    assert observed.faults == {}
+    assert_finite(frames(run), 3)
+    for frame, loss, ids in zip(frames(run), losses, batches, strict=True):
+        assert len(loss) == 3
+        assert frame.scalars["loss"] == pytest.approx(loss[-1], rel=1e-6)
+        assert len(positions(frame, ids)) == 8 * frame.num_patches
+
+
+def test_a_step_without_a_pass_is_a_fault(run: Path) -> None:
+    """Compiled beforehand, and then run in a way that cannot be seen."""
+    torch.manual_seed(0)
+    model = each_block(Net())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with attach(model, optimizer, run=run, every=1) as monitor:
+        for _ in range(2):
             ids = torch.randint(0, VOCABULARY, (BATCH, TOKENS))
-
-            def closure(ids: torch.Tensor = ids) -> torch.Tensor:
-                optimizer.zero_grad()
-                loss = next_token_loss(model(ids), ids)
-                loss.backward()
-                return loss
-
-            losses.append(optimizer.step(closure).item())  # type: ignore[arg-type]
-        if monitor is not None:
-            monitor.detach()
-        return losses, {} if monitor is None else dict(monitor.stats().faults)
-
-    losses, faults = closures(run)
-    assert losses == closures(None)[0]
-    assert faults == {"not_observed": 3}
+            next_token_loss(model.forward(ids), ids).backward()
+            optimizer.step()
+            assert flushed(monitor)
+    assert monitor.stats().faults == {"not_observed": 2}
     assert frames(run) == []
 
 
