@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
-
+from entropy_hooks.hidden import OWN_ATTRIBUTES
 from entropy_hooks.structures import tensors_in
 from entropy_hooks.twin import computes_weights
 
@@ -14,9 +13,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     import torch
+    from torch import nn
 
-_OWN = frozenset(vars(nn.Module()))
-"""Attributes that every module has."""
 _PLAIN = (int, float, str, bytes, type(None))
 _COMPILED = "CompiledFunction"
 """In the name of the node that stands for all of a compiled graph."""
@@ -38,7 +36,7 @@ def left_in(model: nn.Module) -> dict[str, torch.Tensor]:
         if any(map(computes_weights, module._forward_pre_hooks.values())):  # pyright: ignore[reportPrivateUsage]
             continue
         for name, value in vars(module).items():
-            if name in _OWN or isinstance(value, _PLAIN) or id(value) in seen:
+            if name in OWN_ATTRIBUTES or isinstance(value, _PLAIN) or id(value) in seen:
                 continue
             seen.add(id(value))  # a configuration is the same in all modules
             for index, tensor in enumerate(tensors_in(value, depth=1)[0]):

@@ -7,23 +7,22 @@ model's output is given to the twin's, so that the layers' gradients are those o
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils import _pytree as pytree
 from torch.utils.hooks import unserializable_hook
 
+from entropy_hooks.agreement import agreement, few
 from entropy_hooks.frame import ObservedPass
 from entropy_hooks.gather import Gathering
 from entropy_hooks.outputs import left_in, relations
+from entropy_hooks.part import Parts, batch_of
 from entropy_hooks.structures import tensors_in
 from entropy_hooks.twin import Twin, Writes, hooks_everywhere, make_twin
 from entropy_hooks.undisturbed import AutocastState, as_in_training, is_sharded
 from entropy_hooks.untouched import ModelReachedError, untouched
 from entropy_hooks.watch import Watch
-from entropy_monitor.types import PATCH_LENGTH
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -31,16 +30,10 @@ if TYPE_CHECKING:
     from entropy_hooks.capture import Capture
     from entropy_hooks.faults import Faults
     from entropy_hooks.loss import LossReading
+    from entropy_hooks.part import Part
     from entropy_hooks.target import Target
     from entropy_hooks.tokens import PatchSampler
     from entropy_monitor.config import MonitorOptions
-
-_MIN_SEQUENCES = 4
-_MAX_OUTPUT_ENTRIES = 1 << 26
-"""Entries of output gradients kept until the optimizer steps: 256 MB in float32."""
-_COMPARED_ENTRIES = 4096
-_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
-"""Relative difference of outputs that fusion and summation order explain; 5 % for shorter types."""
 
 
 @dataclass(slots=True)
@@ -50,13 +43,12 @@ class Kept:
     twin: Twin
     writes: Writes
     autocast: AutocastState
-    rows: list[int] | None = None
+    part: Part | None = None
     """Sequences that are run again; None runs the whole batch."""
-    batch: int = 0
     outputs: list[torch.Tensor | None] = field(default_factory=list["torch.Tensor | None"])
     """A few entries of each output that has a gradient."""
     gradients: dict[int, torch.Tensor] = field(default_factory=dict[int, torch.Tensor])
-    """What the backward pass gave to each output, at `rows`."""
+    """What the backward pass gave to each output; of a part, at its rows."""
     whole: set[int] = field(default_factory=set[int])
     """Outputs of which others were computed: their gradient holds what came by those."""
     unclear: bool = False
@@ -76,8 +68,7 @@ class Replay:
         self._target, self._options, self._sampler, self._faults = target, options, sampler, faults
         self._written: set[str] | None = None
         """Parameters that the model's own code writes to; None until that has been looked into."""
-        self._in_parts = True
-        """Sequences of a batch are taken to be independent, until a replay of some of them came out otherwise."""
+        self._parts = Parts(sampler, options.token_dim)
         self._unfit: str | None = None
         """Why no pass of this model will be run again."""
 
@@ -125,8 +116,9 @@ class Replay:
         # What has no history of its own (a parameter) would keep the hook for ever.
         present = {index: leaf for index, leaf in enumerate(leaves) if leaf.grad_fn is not None}
         returned = [leaf for index, leaf in present.items() if index < num_returned]
-        kept.rows, kept.batch = self._draw_rows(kept.twin, list(present.values()), returned)
-        kept.outputs = [_few(leaf, kept.rows) if index in present else None for index, leaf in enumerate(leaves)]
+        part = kept.part = self._parts.draw(kept.twin, list(present.values()), returned)
+        rows = None if part is None else part.rows
+        kept.outputs = [few(leaf, rows) if index in present else None for index, leaf in enumerate(leaves)]
         related = relations(list(present.values()))
         kept.unclear = related.unclear
         for number, (index, leaf) in enumerate(present.items()):
@@ -155,8 +147,9 @@ class Replay:
             with untouched(self._target.model), as_in_training(kept.twin.model, kept.autocast):
                 outputs = self._run(kept, gathering)
                 if capture.sample is None:
+                    self._parts.possible = False  # the whole batch may hold a patch
                     return None  # counted by who looked at the layers
-                agrees = _agreement(outputs, kept)
+                agrees = agreement(outputs, kept.outputs, None if kept.part is None else len(kept.part.rows))
                 if self._options.gradients and kept.gradients and len(outputs) == len(kept.outputs):
                     self._differentiate(kept, outputs, gathering)
         except Exception as error:
@@ -167,8 +160,8 @@ class Replay:
     def _run(self, kept: Kept, gathering: Gathering) -> list[torch.Tensor]:
         twin = kept.twin
         args, kwargs = twin.args, twin.kwargs
-        if kept.rows is not None:
-            args, kwargs = pytree.tree_map(functools.partial(_part, kept=kept), (args, kwargs))
+        if kept.part is not None:
+            args, kwargs = kept.part.of((args, kwargs))
         watch = Watch(twin.model, twin.taps, self._options.token_dim, gathering.see, self._faults)
         try:
             outputs, _ = tensors_in(twin.model(*args, **kwargs))
@@ -195,43 +188,24 @@ class Replay:
         assert sample is not None
         # Another dropout mask, or sequences that depend on one another: undetermined.
         capture.gradients.update({k: torch.where(agrees, g, torch.nan) for k, g in capture.gradients.items()})
-        per_sequence = sample.sequence_length // PATCH_LENGTH
+        self._parts.learn(sample, kept.part, batch_of(kept.twin))
         return ObservedPass(
             capture,
             agrees=agrees,
             on_disagreement=self._disagreed,
-            num_batch_patches=sample.num_batch_patches if kept.rows is None else kept.batch * per_sequence,
+            num_batch_patches=sample.num_batch_patches if kept.part is None else kept.part.patches_of_batch(sample),
         )
 
     def _recorder(self, kept: Kept, index: int, accept: Callable[[], bool]) -> Callable[[torch.Tensor | None], None]:
         def record(gradient: torch.Tensor | None) -> None:
             try:
                 if gradient is not None and accept():
-                    kept.gradients[index] = _part(gradient.detach(), kept)
+                    gradient = gradient.detach()
+                    kept.gradients[index] = gradient if kept.part is None else kept.part.of(gradient)
             except Exception as error:
                 self._faults.count("hook_error", error)
 
         return record
-
-    def _draw_rows(
-        self, twin: Twin, outputs: Sequence[torch.Tensor], returned: Sequence[torch.Tensor]
-    ) -> tuple[list[int] | None, int]:
-        """Which sequences are run again: some of them, where the batch is the first dimension all along."""
-        tensors, reached = tensors_in((twin.args, twin.kwargs))
-        first = next((tensor for tensor in tensors if tensor.dim()), None)
-        batch = 0 if first is None else first.shape[0]
-        alike = batch and outputs and all(leaf.dim() and leaf.shape[0] == batch for leaf in outputs)
-        if not self._in_parts or not reached or not alike or self._is_sequence_first(twin):
-            return None, batch
-        length = next((leaf.shape[1] for leaf in returned if leaf.dim() > 2), PATCH_LENGTH)
-        rows = self._sampler.draw_sequences(batch, _MIN_SEQUENCES, length)
-        rows = rows[: max(1, _MAX_OUTPUT_ENTRIES // max(1, sum(leaf[0].numel() for leaf in returned)))]
-        return (rows if len(rows) < batch else None), batch
-
-    def _is_sequence_first(self, twin: Twin) -> bool:
-        return self._options.token_dim == 0 or any(
-            getattr(module, "batch_first", True) is False for module in twin.model.modules()
-        )
 
     def _tell(self, expected_and_found: str) -> None:
         self._faults.count("not_observed", f"expected {expected_and_found} (or give observe='probe')")
@@ -240,10 +214,10 @@ class Replay:
         if isinstance(error, ModelReachedError):
             self._unfit = f"a compiled model that a copy of it leaves alone; found that {error}"
             self._tell(self._unfit)
-        elif kept.rows is None:
+        elif kept.part is None:
             self._tell(f"a compiled model that also runs eagerly; found {type(error).__name__}: {error}")
         else:
-            self._in_parts = False
+            self._parts.possible = False
             self._faults.count(
                 "replay_differs",
                 f"expected some sequences of a compiled batch to run by themselves; found {type(error).__name__}: "
@@ -252,55 +226,10 @@ class Replay:
 
     def _disagreed(self) -> None:
         """Called by the writer, once it is known."""
-        self._in_parts = False
+        self._parts.possible = False
         self._faults.count(
             "replay_differs",
             "expected the same output when a compiled batch is run again eagerly; found another (dropout, sequences "
             "that depend on one another?): gradients and alignment of that step are undetermined; from now on whole "
             "batches are run",
         )
-
-
-def _part(leaf: Any, kept: Kept) -> Any:
-    """The rows that are run again, of a tensor that has a row a sequence.
-
-    Returns:
-        The rows; anything else as it is.
-    """
-    if kept.rows is None or not isinstance(leaf, torch.Tensor) or not leaf.dim() or leaf.shape[0] != kept.batch:
-        return leaf
-    rows = torch.tensor(kept.rows)
-    if leaf.device.type == "cuda":
-        rows = rows.pin_memory().to(leaf.device, non_blocking=True)  # from pageable memory the copy would wait
-    return leaf.index_select(0, rows)
-
-
-def _few(output: torch.Tensor, rows: Sequence[int] | None) -> torch.Tensor:
-    """A few entries of each row that is run again: all of them would be as large as the model's output.
-
-    Returns:
-        A copy, at most some thousand entries.
-    """
-    output = output.detach()
-    parts = [output] if rows is None else [output[row] for row in rows]
-    stride = max(1, sum(part.numel() for part in parts) // _COMPARED_ENTRIES)
-    return torch.cat([part.reshape(-1)[::stride] for part in parts])
-
-
-def _agreement(found: Sequence[torch.Tensor], kept: Kept) -> torch.Tensor:
-    """Whether the replay computed what training computed, as far as fusion lets them agree.
-
-    Returns:
-        A 0-d boolean, on the device: to ask for it here would wait.
-    """
-    rows = None if kept.rows is None else range(len(kept.rows))
-    expected = [(index, few) for index, few in enumerate(kept.outputs) if few is not None]
-    again = [_few(found[index], rows) for index, _ in expected] if len(found) == len(kept.outputs) else []
-    if [one.shape for one in again] != [few.shape for _, few in expected]:
-        return torch.zeros((), dtype=torch.bool, device=expected[0][1].device)
-    return torch.stack([_is_close(one, few) for one, (_, few) in zip(again, expected, strict=True)]).all()
-
-
-def _is_close(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
-    tolerance = _TOLERANCE.get(expected.dtype, 5e-2)
-    return (found.float() - expected.float()).norm() <= tolerance * expected.float().norm()

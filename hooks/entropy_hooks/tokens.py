@@ -11,6 +11,7 @@ activation                    tokens
 
 from __future__ import annotations
 
+import math
 import os
 import weakref
 from dataclasses import dataclass, field, replace
@@ -240,16 +241,17 @@ class PatchSampler:
             num_sequences, sequence_length, indices[0], indices[1], indices[2], len(starts), self._buffers
         )
 
-    def draw_sequences(self, num_sequences: int, at_least: int, sequence_length: int) -> list[int]:
+    def draw_sequences(self, num_sequences: int, at_least: int, at_most: int, patches_each: float) -> list[int]:
         """Draw as many sequences as have all the patches, in order.
 
         Args:
             num_sequences: sequences in the batch.
             at_least: not fewer than these.
-            sequence_length: tokens in each.
+            at_most: nor more than these, which goes before.
+            patches_each: whole patches that a sequence has; below 1 where it is a part of one.
 
         Returns:
             Their numbers; all of them where the batch has no more.
         """
-        wanted = max(at_least, -(-self._patches // max(1, sequence_length // PATCH_LENGTH)))
+        wanted = min(max(at_least, math.ceil(self._patches / patches_each)), at_most)
         return torch.randperm(num_sequences, generator=self._generator)[:wanted].sort().values.tolist()

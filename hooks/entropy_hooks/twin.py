@@ -7,6 +7,7 @@ it is no concern of the training.
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,8 +15,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from torch.nn.modules import module as global_hooks
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import DataLoader, Dataset
 
 from entropy_hooks.copies import detached_copy
+from entropy_hooks.hidden import all_modules
 from entropy_hooks.rebound import rebind
 from entropy_hooks.taps import takes_hooks
 
@@ -23,6 +28,8 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+_OF_THE_TRAINING = (Optimizer, LRScheduler, DataLoader, Dataset, logging.Logger)
+"""What a module may hold that no forward pass changes, and that may be large."""
 _COMPUTE_WEIGHTS = "torch.nn.utils."
 """Where torch's own hooks are defined that make a weight before each call: weight norm, spectral norm, pruning."""
 
@@ -60,19 +67,22 @@ def make_twin(
         Exception: whatever an object in it raises that cannot be copied.
     """
     kept: dict[int, Any] = {id(entry): entry for name, entry in shared_parameters(model) if name not in written}
-    for module in model.modules():
+    modules = list(all_modules(model).values())
+    for module in modules:
         # A bound method would be copied with the object that it belongs to: a logger, a whole trainer.
         kept.update((id(hook), hook) for hooks in _hook_dictionaries(module) for hook in hooks.values())
-    for module in reversed(list(model.modules())):  # innermost first
+        kept.update((id(value), value) for value in vars(module).values() if isinstance(value, _OF_THE_TRAINING))
+    for module in reversed(modules):  # innermost first
         if hasattr(module, "_orig_mod"):  # what `torch.compile` has wrapped
             kept[id(module)] = detached_copy(module._orig_mod, kept)
     twin, args, kwargs = detached_copy((model, args, kwargs), kept)
-    for module in filter(takes_hooks, twin.modules()):
+    twins = list(all_modules(twin).values())
+    for module in filter(takes_hooks, twins):
         vars(module)["_compiled_call_impl"] = None
         for name in _HOOKS:
             hooks = vars(module)[name]
             vars(module)[name] = OrderedDict((key, hook) for key, hook in hooks.items() if computes_weights(hook))
-    rebind(twin.modules(), kept)
+    rebind(twins, kept)
     return Twin(twin, {name: kept[id(tap)] for name, tap in taps.items()}, args, kwargs)
 
 
@@ -82,10 +92,13 @@ def shared_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     Yields:
         Each by its name, a tied one once; not those that an embedding with ``max_norm`` rescales as it looks them up.
     """
-    rescaled = {id(module.weight) for module in model.modules() if getattr(module, "max_norm", None) is not None}
-    for name, parameter in model.named_parameters():
-        if id(parameter) not in rescaled:
-            yield name, parameter
+    modules = all_modules(model)
+    left_out = {id(module.weight) for module in modules.values() if getattr(module, "max_norm", None) is not None}
+    for path, module in modules.items():
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) not in left_out:
+                left_out.add(id(parameter))
+                yield f"{path}.{name}" if path else name, parameter
 
 
 def hooks_everywhere() -> bool:

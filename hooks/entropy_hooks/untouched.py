@@ -6,6 +6,7 @@ import contextlib
 import threading
 from typing import TYPE_CHECKING, Any
 
+from entropy_hooks.hidden import all_modules
 from entropy_hooks.taps import takes_hooks
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def untouched(model: nn.Module) -> Generator[None]:
     Raises:
         ModelReachedError: a module was called, or an attribute set.
     """
-    before = [(module, dict(vars(module))) for module in model.modules() if takes_hooks(module)]
+    before = [(module, dict(vars(module))) for module in all_modules(model).values() if takes_hooks(module)]
     thread = threading.get_ident()
     for module, attributes in before:
         vars(module)[_CALL] = _refusal(module, attributes.get(_CALL), thread)

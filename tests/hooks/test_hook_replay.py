@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from entropy_hooks import attach
+from entropy_hooks.twin import make_twin
 
 from .training import flushed, frames, positions
 
@@ -270,6 +271,54 @@ def test_so_is_one_that_scales_trained_parameters(run: Path) -> None:
     plain, observed = train(Clamped, each_block, None), train(Clamped, each_block, run)
     assert_alike(observed, plain)
     assert observed.faults == {"not_observed": 1}
+
+
+class Hiding(Net):
+    """Hides a teacher in a list, and an optimizer beside it."""
+
+    moves = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden_teacher = [nn.Linear(WIDTH, VOCABULARY).requires_grad_(False)]
+        self.hidden_teacher[0].register_forward_hook(lambda *_: CALLS.append("teacher"))
+        self.own = torch.optim.SGD(self.parameters(), lr=0.1)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        (teacher,) = self.hidden_teacher
+        if self.moves:
+            teacher.weight.mul_(0.9).add_(self.head.weight.detach(), alpha=0.1)
+        z = self.hidden(ids)
+        return self.head(z) + teacher(z)
+
+
+class HidingMoving(Hiding):
+    moves = True
+
+
+CALLS: list[str] = []
+
+
+@pytest.mark.parametrize("make", [Hiding, HidingMoving])
+def test_a_hidden_module_is_treated_as_the_others(run: Path, make: Callable[[], nn.Module]) -> None:
+    plain = train(make, each_block, None)
+    CALLS.clear()
+    observed = train(make, each_block, run)
+    assert_alike(observed, plain)
+    assert len(CALLS) == 4
+    teachers = [trained.model.hidden_teacher[0].weight for trained in (plain, observed)]  # type: ignore[index,union-attr]
+    assert torch.equal(*teachers)
+    assert observed.faults == ({"not_observed": 1} if make is HidingMoving else {})
+    assert_finite(frames(run), 3 if make is HidingMoving else 4)
+
+
+def test_a_twin_shares_what_is_large() -> None:
+    model = Hiding()
+    twin: Any = make_twin(model, {}, (), {}, ()).model
+    assert twin.head.weight is model.head.weight
+    assert twin.hidden_teacher[0] is not model.hidden_teacher[0]
+    assert twin.hidden_teacher[0].weight is model.hidden_teacher[0].weight
+    assert twin.own is model.own
 
 
 class Counting(Net):
@@ -696,14 +745,93 @@ class Positioned(Net):
 
 
 def test_arguments_that_only_look_like_batches(run: Path) -> None:
+    """Lengths alone cannot tell them from batches: the whole batch is run."""
     positions, mask = torch.arange(TOKENS), torch.ones(TOKENS, TOKENS, dtype=torch.bool).triu(1)
     call = {"call": lambda model, ids: model(ids, positions, mask), "batch": TOKENS, "patches": 8}
     plain = train(Positioned, wrapped, None, **call)  # type: ignore[arg-type]
     observed = train(Positioned, wrapped, run, **call)  # type: ignore[arg-type]
     assert_alike(observed, plain)
-    assert observed.faults == {"replay_differs": 1}, "the part cannot be run: whole batches from then on"
-    assert [frame.step for frame in frames(run)] == [1, 2, 3]
-    assert_finite(frames(run), 3)
+    assert observed.faults == {}
+    assert_finite(frames(run), 4)
+
+
+class Stateful(Net):
+    """Takes a state as recurrent layers do, ``[1, B, d]``."""
+
+    def forward(self, ids: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+        return self.head(self.hidden(ids) + state.transpose(0, 1))
+
+
+def test_a_batch_that_is_not_the_first_dimension_everywhere(run: Path) -> None:
+    state = torch.randn(1, 64, WIDTH)
+    observed = train(Stateful, wrapped, run, call=lambda model, ids: model(ids, state), batch=64)
+    assert observed.faults == {}
+    assert_finite(frames(run), 4)
+
+
+class Weighted(Net):
+    """Takes a weight for each word, or whatever it is given."""
+
+    def forward(self, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        if len(weights) == VOCABULARY:
+            return self.head(self.hidden(ids)) * weights
+        return self.head(self.hidden(ids)) * weights.mean()  # a part of them fits as well
+
+
+class StrictlyWeighted(Net):
+    def forward(self, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        return self.head(self.hidden(ids)) * weights
+
+
+@pytest.mark.parametrize("make", [Weighted, StrictlyWeighted])
+def test_as_many_words_as_sequences(run: Path, make: Callable[[], nn.Module]) -> None:
+    """What is taken for a batch in vain is noticed: the part cannot be run, or comes out otherwise."""
+    weights = torch.linspace(0.5, 1.5, VOCABULARY)
+    call = {"call": lambda model, ids: model(ids, weights), "batch": VOCABULARY, "patches": 8}
+    plain = train(make, wrapped, None, **call)  # type: ignore[arg-type]
+    observed = train(make, wrapped, run, **call)  # type: ignore[arg-type]
+    assert_alike(observed, plain)
+    assert observed.faults == {"replay_differs": 1}, "whole batches from then on"
+    found = {frame.step: frame for frame in frames(run)}
+    assert_finite([found[step] for step in (1, 2, 3)], 3)
+    if 0 in found:
+        assert found[0].gradients is not None
+        assert np.isnan(found[0].gradients[:, : 8 * found[0].num_patches]).all()
+
+
+class Rows(nn.Module):
+    """Each row of its input is a token: they are one sequence."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(8, WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 4)
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.tanh(self.second(torch.tanh(self.first(pixels.flatten(1))))))
+
+
+def test_rows_that_are_tokens_are_counted_as_such(run: Path) -> None:
+    pixels = torch.randn(256, 1, 2, 4, generator=torch.Generator().manual_seed(0))
+    found = train(
+        Rows, wrapped, run, loss_of=lambda output, _: output.square().mean(), call=lambda model, _: model(pixels)
+    )
+    assert found.faults == {}
+    first, *others = frames(run)
+    assert first.num_patches == 8, "a part, before it is known what rows are"
+    assert [frame.num_patches for frame in others] == [32] * 3, "fewer than 64: all"
+    for frame in (first, *others):
+        assert frame.alignment is not None
+        assert (frame.alignment.info[:, 2] == 256 / 8).all()
+    found = train(
+        Rows,
+        wrapped,
+        run.with_name("few"),
+        loss_of=lambda output, _: output.square().mean(),
+        call=lambda model, _: model(pixels),
+        patches=4,
+    )
+    assert found.faults == {}
+    assert [frame.num_patches for frame in frames(run.with_name("few"))] == [1, 4, 4, 4]
 
 
 @dataclass
@@ -725,12 +853,12 @@ def test_a_batch_in_an_object_is_run_as_a_whole(run: Path) -> None:
 
 
 def test_an_output_without_tensors_is_a_fault(run: Path) -> None:
-    class Hiding(Net):
+    class Closed(Net):
         def forward(self, ids: torch.Tensor) -> Any:
             return lambda: self.head(self.hidden(ids))
 
-    plain = train(Hiding, each_block, None, loss_of=lambda output, ids: next_token_loss(output(), ids))
-    observed = train(Hiding, each_block, run, loss_of=lambda output, ids: next_token_loss(output(), ids))
+    plain = train(Closed, each_block, None, loss_of=lambda output, ids: next_token_loss(output(), ids))
+    observed = train(Closed, each_block, run, loss_of=lambda output, ids: next_token_loss(output(), ids))
     assert_alike(observed, plain)
     assert observed.faults == {"not_observed": 4}
 
