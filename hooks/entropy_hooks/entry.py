@@ -77,17 +77,17 @@ class Entry:
         """``module.compile()`` has put the hooks of the module itself inside the compiled region: stand around it."""
         original: Any = getattr(module, _IN_PLACE)
         enter, leave = self._enter.on(module), self._leave.on(module)
-
         owner = weakref.ref(module)
 
         @functools.wraps(original)
         def call(*args: Any, **kwargs: Any) -> Any:
             enter(owner(), args, kwargs)
-            output = None
             try:
                 output = original(*args, **kwargs)
-            finally:
-                leave(owner(), args, output)
+            except BaseException:
+                leave(owner(), args, None)  # as torch tells a forward hook that is always called
+                raise
+            leave(owner(), args, output)
             return output
 
         setattr(module, _IN_PLACE, call)

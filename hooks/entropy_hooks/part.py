@@ -62,11 +62,14 @@ class Parts:
         self._sampler, self._token_dim = sampler, token_dim
         self.possible = True
         """Sequences of a batch are taken to be independent, until it came out otherwise."""
+        self.proven = False
+        """A part has been run."""
         self._patches_each: float | None = None
         """Whole patches that a sequence gives, once it has been seen."""
 
     def learn(self, sample: PatchSample, part: Part | None, batch: int) -> None:
         """A pass has been run again: as many sequences as its patches show to be needed are chosen from now on."""
+        self.proven |= part is not None
         if num_sequences := batch if part is None else len(part.rows):
             self._patches_each = sample.num_batch_patches / num_sequences
 

@@ -7,7 +7,7 @@ model's output is given to the twin's, so that the layers' gradients are those o
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -55,6 +55,10 @@ class Kept:
     autocast: AutocastState
     part: Part | None = None
     """Sequences that are run again; None runs the whole batch."""
+    spare: Twin | None = None
+    """For the whole batch, until it is known that a part can be run."""
+    comparable: bool = True
+    """The outputs below are of what is run again."""
     outputs: list[torch.Tensor | None] = field(default_factory=list["torch.Tensor | None"])
     """A few entries of each output that has a gradient."""
     gradients: dict[int, torch.Tensor] = field(default_factory=dict[int, torch.Tensor])
@@ -139,6 +143,9 @@ class Replay:
         present = {index: leaf for index, leaf in enumerate(leaves) if leaf.grad_fn is not None}
         returned = [leaf for index, leaf in present.items() if index < num_returned]
         part = kept.part = self._parts.draw(kept.twin, list(present.values()), returned)
+        if part is not None and not self._parts.proven:
+            twin = kept.twin
+            kept.spare = make_twin(twin.model, twin.taps, twin.args, twin.kwargs, self._written or ())
         rows = None if part is None else part.rows
         kept.outputs = [few(leaf, rows) if index in present else None for index, leaf in enumerate(leaves)]
         kept.entries.close(present.values())
@@ -165,20 +172,43 @@ class Replay:
             self._written |= written
             self._tell(f"parameters that forward leaves alone; found {min(written)} written to: the next is observed")
             return None
+        try:
+            return self._again(kept)
+        except ModelReachedError as error:
+            self._unfit = f"a compiled model that a copy of it leaves alone; found that {error}"
+            self._tell(self._unfit)
+        except Exception as error:
+            if kept.part is not None:
+                return self._as_a_whole(kept, error)
+            self._tell(f"a compiled model that also runs eagerly; found {type(error).__name__}: {error}")
+        return None
+
+    def _as_a_whole(self, kept: Kept, error: Exception) -> ObservedPass | None:
+        """A part could not be run: its gradients do not tell those of the whole batch, but there is a spare twin."""
+        self._parts.possible = False
+        self._faults.count(
+            "replay_differs",
+            f"expected some sequences of a compiled batch to run by themselves; found {type(error).__name__}: {error}: "
+            "gradients and alignment of that step are undetermined; from now on whole batches are run",
+        )
+        if kept.spare is None:
+            return None
+        return self.observe(replace(kept, twin=kept.spare, spare=None, part=None, gradients={}, comparable=False))
+
+    def _again(self, kept: Kept) -> ObservedPass | None:
         gathering = Gathering(self._sampler.draw, self._faults, weights=False)
         capture = gathering.capture
-        try:
-            with untouched(self._target.model), as_in_training(kept.twin.model, kept.autocast):
-                outputs = self._run(kept, gathering)
-                if capture.sample is None:
-                    self._parts.possible = False  # the whole batch may hold a patch
-                    return None  # counted by who looked at the layers
-                agrees = agreement(outputs, kept.outputs, None if kept.part is None else len(kept.part.rows))
-                if self._options.gradients and len(outputs) == len(kept.outputs):
-                    self._differentiate(kept, outputs, gathering)
-        except Exception as error:
-            self._cannot_run(kept, error)
-            return None
+        with untouched(self._target.model), as_in_training(kept.twin.model, kept.autocast):
+            outputs = self._run(kept, gathering)
+            if capture.sample is None:
+                self._parts.possible = False  # the whole batch may hold a patch
+                return None  # counted by who looked at the layers
+            self._parts.learn(capture.sample, kept.part, batch_of(kept.twin))
+            if not kept.comparable:
+                return ObservedPass(capture)
+            agrees = agreement(outputs, kept.outputs, None if kept.part is None else len(kept.part.rows))
+            if self._options.gradients and len(outputs) == len(kept.outputs):
+                self._differentiate(kept, outputs, gathering)
         return self._observed(kept, capture, agrees)
 
     def _run(self, kept: Kept, gathering: Gathering) -> list[torch.Tensor]:
@@ -208,7 +238,6 @@ class Replay:
         assert sample is not None
         # Another dropout mask, or sequences that depend on one another: undetermined.
         capture.gradients.update({k: torch.where(agrees, g, torch.nan) for k, g in capture.gradients.items()})
-        self._parts.learn(sample, kept.part, batch_of(kept.twin))
         return ObservedPass(
             capture,
             agrees=agrees,
@@ -231,20 +260,6 @@ class Replay:
 
     def _tell(self, expected_and_found: str) -> None:
         self._faults.count("not_observed", f"expected {expected_and_found} (or give observe='probe')")
-
-    def _cannot_run(self, kept: Kept, error: Exception) -> None:
-        if isinstance(error, ModelReachedError):
-            self._unfit = f"a compiled model that a copy of it leaves alone; found that {error}"
-            self._tell(self._unfit)
-        elif kept.part is None:
-            self._tell(f"a compiled model that also runs eagerly; found {type(error).__name__}: {error}")
-        else:
-            self._parts.possible = False
-            self._faults.count(
-                "replay_differs",
-                f"expected some sequences of a compiled batch to run by themselves; found {type(error).__name__}: "
-                f"{error}: this step has no frame, from now on whole batches are run",
-            )
 
     def _disagreed(self) -> None:
         """Called by the writer, once it is known."""
