@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
+    from entropy_hooks.faults import Faults
     from entropy_hooks.loss import LossReading
     from entropy_hooks.tokens import PatchSample, TokenAxes
 
@@ -48,3 +49,28 @@ class Capture:
     """Of this pass."""
     token_ids: torch.Tensor | None = None
     """Shape ``[B, T]``: input of the embedding."""
+
+    def add(
+        self, layer: str, axes: TokenAxes, sequences: torch.Tensor, linear: LinearSample | None, faults: Faults
+    ) -> bool:
+        """Gather the sampled tokens of a layer, as soon as it has run.
+
+        Args:
+            layer: its name.
+            axes: where its tokens lie.
+            sequences: its output, ``[B, T, d]``.
+            linear: the last linear layer in it that made an output of that shape.
+            faults: where it is counted if it has other tokens than were drawn from.
+
+        Returns:
+            Whether it has the tokens that were drawn from.
+        """
+        sample = self.sample
+        if sample is None or not sample.fits(sequences):
+            faults.count("other_tokens", f"{layer} has other tokens than the first tapped layer: left out")
+            return False
+        self.activations[layer], self.axes[layer] = sample.select(sequences), axes
+        if linear is not None and sample.fits(inputs := axes.sequences(linear.inputs)):
+            linear.inputs = sample.select(inputs)
+            self.linears[layer] = linear
+        return True

@@ -46,16 +46,9 @@ class Gathering:
         if capture.sample is None:
             num_sequences, length, _ = sequences.shape
             capture.sample = self._draw(num_sequences, length, run.z.device)
-        sample = capture.sample
-        assert sample is not None  # the layer holds a patch
-        if not sample.fits(sequences):
-            self._faults.count("other_tokens", f"{run.layer} has other tokens than the first layer: left out")
-            return
-        capture.activations[run.layer], capture.axes[run.layer] = sample.select(sequences), run.axes
-        if run.linear is not None and sample.fits(inputs := run.axes.sequences(run.linear.inputs)):
-            run.linear.inputs = sample.select(inputs)
-            capture.linears[run.layer] = run.linear
-        self._places[run.layer] = list(self._wanted(sample, run))
+        assert capture.sample is not None  # the layer holds a patch
+        if capture.add(run.layer, run.axes, sequences, run.linear, self._faults):
+            self._places[run.layer] = list(self._wanted(capture.sample, run))
 
     def differentiate(
         self,

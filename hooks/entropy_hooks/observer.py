@@ -19,9 +19,9 @@ from entropy_hooks.passes import Passes
 from entropy_hooks.replay import Replay
 from entropy_hooks.steering import Injector
 from entropy_hooks.taps import first_embedding, first_tensor
-from entropy_hooks.tokens import PatchSampler, axes_of
+from entropy_hooks.tokens import PatchSampler, axes_of, too_short
 from entropy_hooks.undisturbed import run_eagerly
-from entropy_hooks.weight_space import writes_features
+from entropy_hooks.weight_space import linear_sample, writes_features
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -212,11 +212,9 @@ class Observer:
                 capture.token_ids = args[0].detach().clone()  # a loader may reuse its buffer before the step
 
     def _see_linear(self, layer: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        capture, recognised, seen = self._capturing(), writes_features(module), self.passes.current
-        if capture is None or seen is None or recognised is None or not args or not isinstance(output, torch.Tensor):
+        capture, seen = self._capturing(), self.passes.current
+        if capture is None or seen is None or (linear := linear_sample(module, args, output)) is None:
             return
-        weight, _, transposed = recognised
-        linear = LinearSample(module, weight, transposed, args[0].detach(), output.shape)
         self._running.setdefault(layer, {})[output.shape[-1]] = linear
         if output.requires_grad:  # hooked now: by the end of the block it may have been written into in place
             store = functools.partial(setattr, linear, "output_gradient")
@@ -253,27 +251,11 @@ class Observer:
             capture.sample = self._sampler.draw(num_sequences, length, z.device)
         if capture.sample is None:
             capture.too_short = True
-            self._faults.count(
-                "batch_too_short",
-                f"expected sequences of 8 tokens or more; found {tuple(sequences.shape[:2])} in {layer}: train on "
-                "longer ones, or give attach(token_dim=...) if tokens lie along another axis",
-            )
+            self._faults.count("batch_too_short", too_short(layer, *sequences.shape[:2]))
             return
-        if not capture.sample.fits(sequences):
-            self._faults.count("other_tokens", f"{layer} has other tokens than the first tapped layer: left out")
-            return
-        capture.activations[layer] = capture.sample.select(sequences)
-        capture.axes[layer] = axes
-        self._sample_linear(capture, layer, z, axes)
-
-    def _sample_linear(self, capture: Capture, layer: str, z: torch.Tensor, axes: TokenAxes) -> None:
         linear = self._running.pop(layer, {}).get(z.shape[-1])
-        if linear is None or capture.sample is None or linear.output_shape != z.shape:
-            return
-        inputs = axes.sequences(linear.inputs)
-        if capture.sample.fits(inputs):
-            linear.inputs = capture.sample.select(inputs)
-            capture.linears[layer] = linear
+        same_shape = linear is not None and linear.output_shape == z.shape
+        capture.add(layer, axes, sequences, linear if same_shape else None, self._faults)
 
     def _hook_gradient(self, layer: str, z: torch.Tensor, seen: Pass) -> None:
         capture = seen.capture

@@ -83,6 +83,18 @@ def axes_of(module: nn.Module, z: torch.Tensor, token_dim: int | None) -> TokenA
     return TokenAxes(token_dim=token_dim)
 
 
+def too_short(layer: str, num_sequences: int, length: int) -> str:
+    """What is said of sequences that hold no patch.
+
+    Returns:
+        One line.
+    """
+    return (
+        f"expected sequences of 8 tokens or more; found {(num_sequences, length)} in {layer}: give longer ones (the "
+        "probe's, too), or attach(token_dim=...) if tokens lie along another axis"
+    )
+
+
 def _batch_first(module: nn.Module) -> bool:
     """The module's own ``batch_first``, or that of a layer in it: a transformer layer keeps it in its attention."""
     if module not in _declared:

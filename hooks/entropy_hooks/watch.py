@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from entropy_hooks.capture import LinearSample
 from entropy_hooks.taps import first_embedding, first_tensor
-from entropy_hooks.tokens import axes_of
-from entropy_hooks.weight_space import writes_features
+from entropy_hooks.tokens import axes_of, too_short
+from entropy_hooks.weight_space import linear_sample, writes_features
 from entropy_monitor.types import PATCH_LENGTH
 
 if TYPE_CHECKING:
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.utils.hooks import RemovableHandle
 
+    from entropy_hooks.capture import LinearSample
     from entropy_hooks.faults import Faults
     from entropy_hooks.tokens import TokenAxes
 
@@ -74,11 +74,9 @@ class Watch:
             self.token_ids = args[0].detach()
 
     def _see_linear(self, layer: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        recognised = writes_features(module)
-        if recognised is None or not args or not isinstance(output, torch.Tensor):
+        sample = linear_sample(module, args, output)
+        if sample is None:
             return
-        weight, _, transposed = recognised
-        sample = LinearSample(module, weight, transposed, args[0].detach(), output.shape)
         edge = get_gradient_edge(output) if output.requires_grad else None
         self._running.setdefault(layer, {})[output.shape[-1]] = sample, edge
 
@@ -89,11 +87,7 @@ class Watch:
         self.sequence_first |= z.dim() == 3 and axes.token_dim == 0
         num_sequences, length, _ = axes.sequences(z).shape
         if not num_sequences or length < PATCH_LENGTH:
-            self._faults.count(
-                "batch_too_short",
-                f"expected 8 tokens a sequence or more; found {(num_sequences, length)} in {layer}: give longer "
-                "sequences (the probe's, too), or token_dim if tokens lie along another axis",
-            )
+            self._faults.count("batch_too_short", too_short(layer, num_sequences, length))
             return
         linear, edge = self._running.pop(layer, {}).get(z.shape[-1], (None, None))
         if linear is not None and linear.output_shape != z.shape:

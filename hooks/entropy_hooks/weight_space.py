@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
 
 from entropy_hooks.buffers import Buffers
+from entropy_hooks.capture import LinearSample
 from entropy_monitor.estimators import patch_matrix_entropy_gradient, projected_weight_alignment_parts
 from entropy_monitor.types import NUM_JACKKNIFE_GROUPS, PATCH_LENGTH
 
@@ -47,6 +48,19 @@ def writes_features(module: nn.Module) -> tuple[torch.Tensor, int, bool] | None:
         weight, features = module.weight, getattr(module, "nf", None)
         return (weight, features, True) if isinstance(weight, torch.Tensor) and isinstance(features, int) else None
     return None
+
+
+def linear_sample(module: nn.Module, args: tuple[Any, ...], output: Any) -> LinearSample | None:
+    """Look at a layer that has run.
+
+    Returns:
+        What is kept of it; None for one that is not linear.
+    """
+    recognised = writes_features(module)
+    if recognised is None or not args or not isinstance(output, torch.Tensor):
+        return None
+    weight, _, transposed = recognised
+    return LinearSample(module, weight, transposed, args[0].detach(), output.shape)
 
 
 class Sums(NamedTuple):
