@@ -160,7 +160,7 @@ class Observer:
         self._eagerly.close()
         seen = self.passes.current
         if self._micro.in_forward and seen is not None and (kept := seen.kept) is not None and output is not None:
-            self.replay.keep_output(kept, output, lambda: self.passes.reach(seen) and kept is self.kept)
+            self.replay.keep_output(kept, output, lambda: self.passes.reach(seen) and seen.kept is self.kept)
 
     def begin_pass(self) -> None:
         """See `passes.PassListener`."""

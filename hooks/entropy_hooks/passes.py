@@ -134,7 +134,10 @@ class Passes:
     def end_step(self) -> None:
         """The optimizer has stepped."""
         self.loss = None
+        if self.newest is not None:
+            self.newest.kept = None  # an output that the user collects holds the pass
         if self.current is not None and self.current.consumed:
+            self.current.kept = None
             self.current = None
         self.newest = None
         self.micro_batches.step()

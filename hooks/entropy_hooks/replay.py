@@ -7,6 +7,7 @@ model's output is given to the twin's, so that the layers' gradients are those o
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -46,7 +47,7 @@ _ENTERS_ELSEWHERE = (
 )
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, weakref_slot=True)
 class Kept:
     """What is kept of one compiled pass, to run it again before the optimizer steps."""
 
@@ -248,9 +249,12 @@ class Replay:
     def _recorder(
         self, kept: Kept, index: int, at: int, accept: Callable[[], bool]
     ) -> Callable[[tuple[torch.Tensor | None, ...]], None]:
+        reference = weakref.ref(kept)  # an output that the user collects holds no twin
+
         def record(gradients: tuple[torch.Tensor | None, ...]) -> None:
             try:
-                if (gradient := gradients[at]) is not None and accept():
+                kept, gradient = reference(), gradients[at]
+                if kept is not None and gradient is not None and accept():
                     gradient = gradient.detach()
                     kept.gradients[index] = gradient if kept.part is None else kept.part.of(gradient)
             except Exception as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import random
 import threading
 import weakref
@@ -465,6 +466,28 @@ def test_what_the_loop_passes_in_is_not_changed_twice_and_may_be_filled_anew(run
     assert observed[1] == plain[1]
     for frame, ids in zip(frames(run), observed[2], strict=True):
         assert len(positions(frame, ids)) == 8 * frame.num_patches
+
+
+@pytest.mark.parametrize("compile_it", [wrapped, each_block])
+def test_outputs_that_the_user_collects_hold_no_twin(run: Path, compile_it: Callable[[nn.Module], nn.Module]) -> None:
+    class Only(Net):
+        """Counted below."""
+
+    torch.manual_seed(0)
+    model = Only()
+    called = compile_it(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    outputs: list[torch.Tensor] = []
+    with attach(called, optimizer, run=run, every=1) as monitor:
+        for _ in range(3):
+            outputs.append(called(torch.randint(0, VOCABULARY, (BATCH, TOKENS))))
+            outputs[-1].square().mean().backward()
+            optimizer.step()
+            assert flushed(monitor)
+        gc.collect()
+        assert sum(type(thing) is Only for thing in gc.get_objects()) == 1
+    assert monitor.stats().faults == {}
+    assert_finite(frames(run), 3)
 
 
 # ---- what a replay says ----------------------------------------------------------------------------------------------
