@@ -24,6 +24,7 @@ from entropy_hooks.ranks import rank_and_world_size
 from entropy_hooks.scalars import ScalarsBatch
 from entropy_hooks.shared_notes import share_notes
 from entropy_hooks.step_boundary import StepBoundary
+from entropy_hooks.unobserved import count_reason
 from entropy_hooks.weight_space import reduce_layers
 from entropy_hooks.writer import Writer
 from entropy_monitor.types import PHASES
@@ -262,7 +263,7 @@ class Session:
         if self._observed is None:
             if self._options.observe == "probe":
                 return  # why there is no probe has been counted where it was met
-            self._tell_why_nothing_was_observed()
+            count_reason(self._observer, self._faults)
             return
         slot = self._ring.acquire()
         if slot is None:
@@ -280,35 +281,6 @@ class Session:
         )
         self._observed.exact_alignment = self._exact
         self._submit_frame(self._observed, record, slot)
-
-    def _tell_why_nothing_was_observed(self) -> None:
-        capture, micro_batches = self._observer.observed, self._observer.passes.micro_batches
-        if micro_batches.ended_early:
-            self._faults.count(
-                "fewer_micro_batches",
-                f"expected {micro_batches.expected} backward passes before the optimizer's step; found "
-                f"{micro_batches.count}, an epoch's end?: this step has no frame, the next ones are watched closely",
-            )
-            return
-        if self._observer.replays and self._observer.passes.current is None:
-            self._faults.count(
-                "not_observed",
-                "expected a compiled model to run before the optimizer steps, or in its closure; found no pass "
-                "(compiled inside a larger function?): compile the model itself, or give observe='probe'",
-            )
-            return
-        if self._observer.replays or (capture is not None and capture.too_short):
-            return  # counted where it was met
-        if self._observer.guard.transformed:
-            self._faults.count(
-                "transformed",
-                "expected an eager pass; found the model inside torch.func (grad, vmap, ...): not observed",
-            )
-            return
-        entry = self._observer.passes.entry
-        # Compiled since the step began: it is observed from the next one on.
-        if not (entry.compiled and not self._observer.weight) and not entry.look_again():
-            self._faults.count("not_observed", "no tapped layer ran in this step (compiled, or not this model)")
 
     def _submit_frame(self, observed: ObservedPass, record: StepRecord, slot: Slot) -> None:
         try:
