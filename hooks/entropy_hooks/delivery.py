@@ -52,6 +52,10 @@ class Delivery:
         self._notes: SharedNotes | None = None
         self._pending: deque[Pending] = deque()
 
+    def close(self) -> None:
+        """Let go of the process group's store, which the job may destroy from now on."""
+        self._notes, self._open_notes = None, _no_notes
+
     # ---- the pulse thread --------------------------------------------------------------------------------------------
 
     @property
@@ -158,3 +162,7 @@ class Delivery:
                 "its ranks do not step together",
             )
         return True
+
+
+def _no_notes() -> None:
+    """What is opened once the delivery is closed."""

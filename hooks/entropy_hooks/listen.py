@@ -79,10 +79,13 @@ class _Listener:
         self._connections = threading.BoundedSemaphore(_MAX_CONNECTIONS)
         self._socket = socket.socket(socket.AF_UNIX)
         try:
-            path.unlink(missing_ok=True)  # it bears our number: left by a process that is gone
-            self._socket.bind(str(path))
-            path.chmod(0o600)
+            # Whoever sees the path can connect: a socket refuses between being bound and listening.
+            unheard = path.with_suffix(".new")
+            unheard.unlink(missing_ok=True)
+            self._socket.bind(str(unheard))
+            unheard.chmod(0o600)
             self._socket.listen(_MAX_CONNECTIONS)
+            unheard.replace(path)  # what bears our number there was left by a process that is gone
         except OSError:
             self._socket.close()
             raise

@@ -170,10 +170,10 @@ class Monitor:
             return
         try:
             if (session := self._session) is not None:
-                self._forget_at_end()
                 session.close(timeout_s)
                 self._last_stats = self.stats()
                 self._session = None
+                self._forget_at_end()  # last: the end of the process waits for a close that is under way
         finally:
             self._closing.release()
 

@@ -83,6 +83,7 @@ class Pulse:
         self._stop.set()
         self._thread.join(timeout_s)
         self._beat()
+        self.delivery.close()
 
     def answer(self, number: int, status: AckStatus, step: int, detail: str) -> bool:
         """Acknowledge a command.

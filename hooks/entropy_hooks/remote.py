@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from entropy_hooks.attach import Prepared, prepare
 from entropy_hooks.discovery import Found, Search, Seen, choose
-from entropy_hooks.monitor import live_monitors
+from entropy_hooks.monitor import EXIT_TIMEOUT_S, live_monitors
+from entropy_hooks.process_end import at_process_end
 from entropy_hooks.ranks import rank_and_world_size
 from entropy_hooks.training_thread import AtNextBackward, do_at_safe_point
 from entropy_monitor.config import hooks_disabled, load_config
@@ -43,6 +44,11 @@ def _renew_lock() -> None:
 
 
 os.register_at_fork(after_in_child=_renew_lock)  # whoever held it is a thread of the parent
+
+
+def _finish() -> None:
+    """Python's end would kill a request's thread wherever it is, in a destructor of C++ with the whole process."""
+    _busy.acquire(timeout=EXIT_TIMEOUT_S)  # and kept: no other begins
 
 
 class RefusedError(EntropyMonitorError):
@@ -79,10 +85,12 @@ def _carry_out(request: Mapping[str, Any]) -> Answer:
         return _ping(request)
     if not _busy.acquire(blocking=False):
         raise RefusedError("expected no other request; found one under way: wait for its answer")
+    take_back = at_process_end(_finish)
     try:
         return verbs[verb](request)
     finally:
         _busy.release()
+        take_back()
 
 
 def _ping(request: Mapping[str, Any]) -> Answer:

@@ -372,7 +372,7 @@ def test_a_batch_shorter_than_a_patch(run: Path, caplog: pytest.LogCaptureFixtur
     assert_same_training(job, twin)
     assert monitor.stats().faults == {"batch_too_short": 2}
     assert times_logged(caplog, "batch_too_short") == 1
-    assert "train on longer ones, or give attach(token_dim=...)" in caplog.text
+    assert "give longer ones (the probe's, too), or attach(token_dim=...)" in caplog.text
     assert [frame.step for frame in frames(run)] == [0, 3]
     assert open_run(run).scalars()["step"].values.tolist() == [0, 1, 2, 3]
 
