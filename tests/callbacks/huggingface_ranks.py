@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -24,3 +25,4 @@ if __name__ == "__main__":
     sys.stdout.write(f"REPORT {json.dumps({f'rank {rank}': report})}\n")
     sys.stdout.flush()
     dist.destroy_process_group()
+    time.sleep(0.3)  # torch aborts if Python ends before gloo's threads are done (pytorch pull request 179291)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -42,3 +43,4 @@ if __name__ == "__main__":
     sys.stdout.write(f"REPORT {json.dumps(report)}\n")
     sys.stdout.flush()
     dist.destroy_process_group()
+    time.sleep(0.3)  # torch aborts if Python ends before gloo's threads are done (pytorch pull request 179291)

@@ -25,13 +25,20 @@ def report(**values):
 
 """
 
+EPILOGUE = """
+import time
+time.sleep(0.3)
+"""
+"""Gloo's threads free their last tensors: torch aborts if Python has ended by then (pytorch pull request 179291)."""
+
 
 def start(source: str, *arguments: object, prefix: tuple[str, ...] = (), **variables: str) -> subprocess.Popen[str]:
     """Start a script with `training` and `report` at hand."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("ENTROPY_MONITOR_")}
     paths = [ROOT, ROOT / "hooks", Path(__file__).parent]
+    epilogue = EPILOGUE if "destroy_process_group" in source else ""
     return subprocess.Popen(
-        [*prefix, sys.executable, "-c", PRELUDE + textwrap.dedent(source), *map(str, arguments)],
+        [*prefix, sys.executable, "-c", PRELUDE + textwrap.dedent(source) + epilogue, *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 
 import torch
 import torch.distributed as dist
@@ -23,6 +24,7 @@ def work(rank: int | None = None, directory: str = "") -> None:
     dist.barrier()
     report(rank=dist.get_rank(), losses=losses, pid=os.getpid())
     dist.destroy_process_group()
+    time.sleep(0.3)  # torch aborts if Python ends before gloo's threads are done (pytorch pull request 179291)
 
 
 if __name__ == "__main__":
