@@ -37,16 +37,21 @@ _MAX_COPIED = 1 << 25
 
 
 def writes_features(module: nn.Module) -> tuple[torch.Tensor, int, bool] | None:
-    """Recognise a linear layer.
+    """Recognise a linear layer with a weight of its own.
+
+    A weight that is computed (`torch.nn.utils.parametrize`) is never asked for: to compute it may move what it keeps,
+    as spectral norm does, or draw from the job's random state.
 
     Returns:
         Its weight, its output features and whether the weight is stored transposed; None for other modules.
     """
+    weight = module._parameters.get("weight")  # pyright: ignore[reportPrivateUsage]
+    if weight is None:
+        return None
     if isinstance(module, nn.Linear):
-        return module.weight, module.out_features, False
-    if type(module).__name__ == "Conv1D":
-        weight, features = module.weight, getattr(module, "nf", None)
-        return (weight, features, True) if isinstance(weight, torch.Tensor) and isinstance(features, int) else None
+        return weight, module.out_features, False
+    if type(module).__name__ == "Conv1D" and isinstance(features := getattr(module, "nf", None), int):
+        return weight, features, True
     return None
 
 

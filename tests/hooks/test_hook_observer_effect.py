@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from torch import nn
 
 from entropy_hooks import attach
 from entropy_monitor.store import open_run
@@ -16,8 +17,6 @@ from .training import Job, apply_now, assert_same_training, frames, observe, tin
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    from torch import nn
 
 STEPS = 200
 
@@ -227,3 +226,32 @@ def test_a_closure_is_observed(run: Path) -> None:
     assert_same_training(job, twin)
     assert monitor.stats().faults == {}
     assert [frame.scalars["loss"] for frame in frames(run)] == job.losses
+
+
+class Drawn(nn.Module):
+    """A parametrization that draws: DropConnect."""
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight * (torch.rand_like(weight) > 0.1)
+
+
+@pytest.mark.parametrize("kind", ["spectral norm", "draws"])
+@pytest.mark.parametrize("every", [1, 100])
+def test_a_weight_that_is_computed_is_computed_as_often_as_without_us(run: Path, kind: str, every: int) -> None:
+    def make() -> nn.Module:
+        model = nn.Sequential(nn.Embedding(256, 16), nn.Linear(16, 16), nn.Linear(16, 256))
+        if kind == "spectral norm":
+            nn.utils.parametrizations.spectral_norm(model[1])
+        else:
+            nn.utils.parametrize.register_parametrization(model[1], "weight", Drawn())
+        return model
+
+    plain, observed = Job(make), Job(make)
+    for job in (plain, observed):
+        torch.manual_seed(3)
+        if job is observed:
+            monitor = observe(job, run=run, every=every)
+        job.run(4)
+    monitor.detach()
+    assert_same_training(observed, plain)
+    assert monitor.stats().faults == {}
