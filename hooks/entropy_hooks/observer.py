@@ -14,13 +14,13 @@ import torch
 from torch.utils.hooks import unserializable_hook
 
 from entropy_hooks.capture import Capture, LinearSample
+from entropy_hooks.eagerly import run_eagerly
 from entropy_hooks.guard import Guard
 from entropy_hooks.passes import Passes
 from entropy_hooks.replay import Replay
 from entropy_hooks.steering import Injector
 from entropy_hooks.taps import first_embedding, first_tensor
 from entropy_hooks.tokens import PatchSampler, axes_of, too_short
-from entropy_hooks.undisturbed import run_eagerly
 from entropy_hooks.weight_space import linear_sample, writes_features
 
 if TYPE_CHECKING:

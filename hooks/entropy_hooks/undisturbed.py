@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import random
-import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import nn
+
+from entropy_hooks.eagerly import run_eagerly
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator
@@ -91,17 +92,6 @@ def as_in_training(model: nn.Module, autocast: AutocastState) -> Generator[None]
         )
         stack.enter_context(run_eagerly())
         yield
-
-
-def run_eagerly() -> contextlib.AbstractContextManager[object]:
-    """Within, what has been compiled runs as it was written; nothing is compiled anew, now or afterwards.
-
-    Returns:
-        The context; an empty one where nothing can have been compiled.
-    """
-    if "torch._dynamo" not in sys.modules:  # importing it takes a second
-        return contextlib.nullcontext()
-    return torch.compiler.set_stance("force_eager")
 
 
 def _devices(model: nn.Module) -> set[torch.device]:
