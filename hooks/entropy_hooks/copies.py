@@ -6,6 +6,7 @@ import copy
 from typing import Any, TypeVar
 
 import torch
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
 _Value = TypeVar("_Value")
@@ -21,7 +22,7 @@ def detached_copy(value: _Value, kept: dict[int, Any] | None = None) -> _Value:
         kept: by the id of an object, what stands for it in the copy; is filled with all that is copied.
 
     Returns:
-        The same structure with detached clones of its tensors.
+        The same structure with detached clones of its tensors; a leaf that requires a gradient still does.
 
     Raises:
         Exception: whatever an object in it raises that cannot be copied (a generator: TypeError).
@@ -36,10 +37,40 @@ def detached_copy(value: _Value, kept: dict[int, Any] | None = None) -> _Value:
         return copy.deepcopy(value, kept)
 
 
-class _DetachedTensors(TorchFunctionMode):
-    """Within, a deep copy takes a tensor's values alone; torch itself refuses one that is the result of a graph."""
+def copy_of_model(model: nn.Module, kept: dict[int, Any]) -> nn.Module:
+    """Copy a model, whatever it keeps: tensors that are views of one another stay such.
+
+    Args:
+        model: any module.
+        kept: as in `detached_copy`.
+
+    Returns:
+        The copy.
+
+    Raises:
+        Exception: whatever an object in it raises that cannot be copied.
+    """
+    with _DetachedResults():
+        return copy.deepcopy(model, kept)
+
+
+class _DetachedResults(TorchFunctionMode):
+    """Within, a deep copy takes the values of what is the result of a graph, which torch itself refuses to copy."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.Tensor.__deepcopy__:
-            return args[0].detach().clone()
+        if func is torch.Tensor.__deepcopy__ and self.separates(args[0]):
+            original: torch.Tensor = args[0]
+            copied = original.detach().clone()
+            return copied.requires_grad_() if original.is_leaf and original.requires_grad else copied
         return func(*args, **(kwargs or {}))
+
+    def separates(self, tensor: torch.Tensor) -> bool:
+        """Whether it is copied by itself, and not by torch with the memory that it is a view of."""
+        return not tensor.is_leaf
+
+
+class _DetachedTensors(_DetachedResults):
+    """The same for all tensors: an argument may be a view of a whole data set."""
+
+    def separates(self, tensor: torch.Tensor) -> bool:
+        return True

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     _Wanted: TypeAlias = tuple[GradientEdge, Callable[[torch.Tensor], object]]
     """Where a gradient is taken, and what keeps it."""
+    _Taken: TypeAlias = tuple[Callable[[torch.Tensor], object], torch.Tensor]
 
 
 class Gathering:
@@ -63,12 +64,23 @@ class Gathering:
             gradients: by what each is multiplied; None for a 0-d root.
             totals: roots whose gradient is told with all that comes to them by other roots, which is left out then.
         """
+        self.keep(self.take(roots, gradients, totals))
+
+    def take(
+        self, roots: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor] | None, totals: Sequence[torch.Tensor]
+    ) -> list[_Taken]:
+        """The part of `differentiate` in which code of the user's runs.
+
+        Returns:
+            For `keep`.
+        """
         told = [
             (root, gradient) for root, gradient in zip(roots, gradients or (), strict=False) if _is_in(root, totals)
         ]
         for root, gradient in told:
             root.register_hook(_always(gradient))
         wanted = [place for places in self._places.values() for place in places]
+        taken: list[_Taken] = []
         if wanted:
             edges = [edge for edge, _ in wanted]
             found = cast(
@@ -80,7 +92,13 @@ class Gathering:
                     there = (
                         total for root, total in told if (root.grad_fn, root.output_nr) == (edge.node, edge.output_nr)
                     )
-                    keep(next(there, gradient))
+                    taken.append((keep, next(there, gradient)))
+        return taken
+
+    def keep(self, taken: Sequence[_Taken]) -> None:
+        """Select the sampled tokens of each gradient."""
+        for keep, gradient in taken:
+            keep(gradient)
         if not self.capture.gradients:
             self._faults.count(
                 "no_gradients",

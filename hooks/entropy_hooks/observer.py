@@ -30,9 +30,9 @@ if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
     from entropy_hooks.faults import Faults
+    from entropy_hooks.kept import Kept
     from entropy_hooks.meter import Meter
     from entropy_hooks.passes import Pass
-    from entropy_hooks.replay import Kept
     from entropy_hooks.target import Target
     from entropy_hooks.tokens import TokenAxes
     from entropy_monitor.config import MonitorOptions
@@ -66,7 +66,7 @@ class Observer:
         self._linear_handles: dict[tuple[str, int], RemovableHandle] = {}
         """By layer and the id of the linear module."""
         self._has_tokens = first_embedding(target.model) is not None
-        self.replay = Replay(target, options, self._sampler, faults)
+        self.replay = Replay(target, options, self._sampler, self.guard.run, faults)
         self.kept: Kept | None = None
         """The newest kept pass of this step that had its backward pass, or is having it."""
         self.passes = Passes(target, self, self.guard, faults)

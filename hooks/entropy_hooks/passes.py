@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from entropy_hooks.capture import Capture
     from entropy_hooks.faults import Faults
     from entropy_hooks.guard import Guard
-    from entropy_hooks.replay import Kept
+    from entropy_hooks.kept import Kept
     from entropy_hooks.target import Target
 
 _MAX_LOOKS = 3

@@ -42,7 +42,7 @@ def undisturbed(model: nn.Module) -> Generator[None]:
     """
     devices = _devices(model)
     with contextlib.ExitStack() as stack:
-        _keep_random_state(stack, devices)
+        stack.enter_context(random_state_kept(model))
         stack.enter_context(torch.enable_grad())
         for kind in {"cpu", *(device.type for device in devices)}:
             stack.enter_context(torch.autocast(kind, enabled=False))
@@ -84,7 +84,7 @@ def as_in_training(model: nn.Module, autocast: AutocastState) -> Generator[None]
         autocast: the state in which the model ran.
     """
     with contextlib.ExitStack() as stack:
-        _keep_random_state(stack, _devices(model))
+        stack.enter_context(random_state_kept(model))
         stack.enter_context(torch.enable_grad())
         # Without the cache: a weight that was cast here must not be met by the user's own passes.
         stack.enter_context(
@@ -98,10 +98,20 @@ def _devices(model: nn.Module) -> set[torch.device]:
     return {tensor.device for tensor in (*model.parameters(), *model.buffers())}
 
 
-def _keep_random_state(stack: contextlib.ExitStack, devices: set[torch.device]) -> None:
-    stack.enter_context(torch.random.fork_rng([device for device in devices if device.type == "cuda"]))
-    stack.callback(random.setstate, random.getstate())
-    stack.callback(np.random.set_state, np.random.get_state())
+@contextlib.contextmanager
+def random_state_kept(model: nn.Module) -> Generator[None]:
+    """At the end, the random state of torch, Python and numpy is as it was.
+
+    Args:
+        model: on whose devices.
+    """
+    python, of_numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng([device for device in _devices(model) if device.type == "cuda"]):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(of_numpy)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""While its twin runs, the model is guarded: what reaches it all the same is stopped, and undone."""
+"""While its twin runs, the model is guarded: a call that reaches it is stopped, an attribute that is set noticed."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import threading
 from typing import TYPE_CHECKING, Any
 
+from entropy_hooks.contained import ReachedOutError
 from entropy_hooks.hidden import all_modules
 from entropy_hooks.taps import takes_hooks
 
@@ -19,19 +20,15 @@ _CALL = "_compiled_call_impl"
 _MISSING = object()
 
 
-class ModelReachedError(RuntimeError):
-    """The twin's code has run the model, or written to its attributes."""
-
-
 @contextlib.contextmanager
 def untouched(model: nn.Module) -> Generator[None]:
-    """Within, this thread cannot call a module of the model; attributes that were set are put back at the end.
+    """Within, this thread cannot call a module of the model.
 
     Args:
         model: the user's module, unwrapped.
 
     Raises:
-        ModelReachedError: a module was called, or an attribute set.
+        ReachedOutError: a module was called; or an attribute was set, which stays: another thread may have done it.
     """
     before = [(module, dict(vars(module))) for module in all_modules(model).values() if takes_hooks(module)]
     thread = threading.get_ident()
@@ -45,25 +42,20 @@ def untouched(model: nn.Module) -> Generator[None]:
                 vars(module)[_CALL] = attributes[_CALL]
             else:
                 del vars(module)[_CALL]
-        written = [name for module, attributes in before for name in _put_back(vars(module), attributes)]
-    if written:
-        raise ModelReachedError(f"its forward sets {written[0]!r} of the model by a way of its own")
+    for module, attributes in before:
+        if (name := _changed(vars(module), attributes)) is not None:
+            raise ReachedOutError(f"sets {name!r} of the model by a way of its own (or another thread has)")
 
 
 def _refusal(module: nn.Module, compiled: Callable[..., Any] | None, thread: int) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
         if threading.get_ident() == thread:
-            raise ModelReachedError(f"its forward calls a {type(module).__name__} of the model by a way of its own")
+            raise ReachedOutError(f"calls a {type(module).__name__} of the model by a way of its own")
         return (compiled or module._call_impl)(*args, **kwargs)  # pyright: ignore[reportPrivateUsage]
 
     return call
 
 
-def _put_back(now: dict[str, Any], before: dict[str, Any]) -> list[str]:
-    added = now.keys() - before.keys()
-    for name in added:
-        del now[name]
-    changed = [name for name, value in before.items() if now.get(name, _MISSING) is not value]
-    for name in changed:
-        now[name] = before[name]
-    return [*added, *changed]
+def _changed(now: dict[str, Any], before: dict[str, Any]) -> str | None:
+    names = [*before, *(now.keys() - before.keys())]
+    return next((name for name in names if now.get(name, _MISSING) is not before.get(name, _MISSING)), None)

@@ -1,0 +1,251 @@
+"""What the code of a model keeps outside the model: globals, class attributes and closures that its functions name.
+
+A twin runs the same code, which would count, append and cache there a second time. What is found changed is put back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dis
+import pickle
+import random
+import sys
+import types
+import weakref
+from collections import Counter, OrderedDict, defaultdict, deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from entropy_hooks.contained import ReachedOutError
+from entropy_hooks.hidden import all_modules
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator, Iterator
+
+_NOT_THEIRS = sys.stdlib_module_names | {"torch", "numpy", "triton", "entropy_hooks", "entropy_monitor"}
+"""Packages whose functions are not looked into."""
+_CODE = (types.FunctionType, types.BuiltinFunctionType, types.ModuleType, type)
+_MAX_FUNCTIONS = 3000
+_MAX_ENTRIES = 10_000
+"""Of a container that is looked into: a data set is no counter."""
+_CONTAINERS: dict[type, Callable[[Any], Any]] = {
+    dict: dict, defaultdict: dict, OrderedDict: dict, Counter: dict, list: list, deque: list, set: set
+}  # fmt: skip
+"""Python's own alone: a mapping of a user's class may import a module at each look."""
+_PLAIN = frozenset({int, float, bool, str, bytes, complex})
+_MISSING = object()
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """A name and where it is kept."""
+
+    holder: Any
+    """A dictionary, a class or a cell."""
+    name: str
+
+    def get(self) -> Any:
+        if isinstance(self.holder, types.CellType):
+            return _contents(self.holder)
+        names = vars(self.holder) if isinstance(self.holder, type) else self.holder
+        return names.get(self.name, _MISSING)
+
+    def put(self, value: Any) -> None:
+        if isinstance(self.holder, types.CellType):
+            self.holder.cell_contents = value
+        elif isinstance(self.holder, type):
+            delattr(self.holder, self.name) if value is _MISSING else setattr(self.holder, self.name, value)
+        elif value is _MISSING:
+            del self.holder[self.name]
+        else:
+            self.holder[self.name] = value
+
+
+class Surroundings:
+    """Found once for a model; `kept` guards them while a twin of it runs."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._own = frozenset(map(id, all_modules(model).values()))
+        self._places: dict[tuple[int, str], _Place] = {}
+        self._seen: set[int] = set()
+        self._ahead: deque[types.FunctionType] = deque()
+        for module in all_modules(model).values():
+            self._see_class(type(module))
+            for value in vars(module).values():
+                self._see_code(value)
+        while self._ahead and len(self._seen) < _MAX_FUNCTIONS:
+            self._look_into(self._ahead.popleft())
+
+    @contextlib.contextmanager
+    def kept(self) -> Generator[None]:
+        """Within, a twin runs; at the end all is as it was.
+
+        Raises:
+            ReachedOutError: something had been changed; or, with nothing done, the model itself is found there.
+        """
+        before = [(place, value, _inside(value)) for place in self._places.values() for value in (place.get(),)]
+        for place, value, inside in before:
+            if self._leads_to_model(value, inside):
+                raise ReachedOutError(f"finds itself in {place.name!r}, which lies outside it (a global?)")
+        try:
+            yield
+        finally:
+            changed = [place.name for place, value, inside in before if _put_back(place, value, inside)]
+        if changed:
+            raise ReachedOutError(f"changes {changed[0]!r}, which lies outside it (a global, a class attribute)")
+
+    def _leads_to_model(self, value: Any, inside: Any) -> bool:
+        entries = inside.values() if isinstance(inside, dict) else inside if isinstance(inside, list) else ()
+        reached = (entry() if isinstance(entry, weakref.ref) else entry for entry in (value, *entries))
+        return any(id(entry) in self._own for entry in reached)
+
+    # ---- the search --------------------------------------------------------------------------------------------------
+
+    def _see_class(self, kind: type) -> None:
+        if id(kind) in self._seen or not _is_theirs(kind.__module__):
+            return
+        self._seen.add(id(kind))
+        for parent in kind.__bases__:
+            self._see_class(parent)
+        for name, value in list(vars(kind).items()):
+            if name.startswith("__"):
+                continue
+            self._see_value(kind, name, value)
+
+    def _see_code(self, value: Any) -> None:
+        """A function, or what stands around one."""
+        if isinstance(value, property):
+            value = value.fget
+        value = getattr(value, "__func__", value)  # of a class method, a bound one
+        if isinstance(value, types.FunctionType) and id(value) not in self._seen and _is_theirs(value.__module__):
+            self._seen.add(id(value))
+            self._ahead.append(value)
+
+    def _see_value(self, holder: Any, name: str, value: Any) -> None:
+        if isinstance(value, type):
+            self._see_class(value)
+        elif isinstance(value, types.FunctionType | types.MethodType | property | staticmethod | classmethod):
+            self._see_code(value)
+        elif not isinstance(value, _CODE) and not hasattr(type(value), "__get__"):
+            self._places.setdefault((id(holder), name), _Place(holder, name))
+
+    def _look_into(self, function: types.FunctionType) -> None:
+        self._see_code(getattr(function, "__wrapped__", None))
+        for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+            self._see_value(cell, name, _contents(cell))
+        names, of_globals = set(_names(function.__code__)), None
+        for name in names & function.__globals__.keys():
+            value = function.__globals__[name]
+            if not isinstance(value, _CODE):
+                of_globals = set(_globals_of(function.__code__)) if of_globals is None else of_globals
+                if name not in of_globals:
+                    continue  # an attribute of that name
+            self._see_value(function.__globals__, name, value)
+            if isinstance(value, types.ModuleType) and _is_theirs(value.__name__):
+                for inner in names & vars(value).keys():
+                    self._see_value(vars(value), inner, vars(value)[inner])
+
+
+def _is_theirs(module: str | None) -> bool:
+    return module is not None and module.partition(".")[0] not in _NOT_THEIRS
+
+
+def _names(code: types.CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _names(constant)
+
+
+def _globals_of(code: types.CodeType) -> Iterator[str]:
+    yield from (found.argval for found in dis.get_instructions(code) if found.opname.endswith("_GLOBAL"))
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _globals_of(constant)
+
+
+def _contents(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # empty
+        return _MISSING
+
+
+# ---- what is kept of one value ---------------------------------------------------------------------------------------
+
+
+def _inside(value: Any) -> Any:
+    """What can change in a value while it stays the same object.
+
+    Returns:
+        A shallow copy of it; None where nothing can, or it is not looked into.
+    """
+    if isinstance(value, random.Random):
+        return value.getstate()
+    if isinstance(value, np.random.Generator):
+        return pickle.dumps(value.bit_generator.state)
+    if isinstance(value, np.random.RandomState):
+        return pickle.dumps(value.get_state())
+    if isinstance(value, np.ndarray):
+        return value.copy() if value.size <= _MAX_ENTRIES else None
+    if (kind := _CONTAINERS.get(type(value))) is not None:
+        return kind(value) if len(value) <= _MAX_ENTRIES else None
+    return dict(vars(value)) if _is_plain_object(value) else None
+
+
+def _is_plain_object(value: Any) -> bool:
+    """Whether it is of a class of theirs: of its attributes alone it is known how they are used."""
+    if isinstance(value, nn.Module | torch.Tensor) or not _is_theirs(type(value).__module__):
+        return False
+    return isinstance(getattr(value, "__dict__", None), dict)
+
+
+def _put_back(place: _Place, value: Any, inside: Any) -> bool:
+    """Compare, and restore what has changed.
+
+    Returns:
+        Whether something had.
+    """
+    rebound = not _is_equal(place.get(), value)
+    if rebound:
+        place.put(value)
+    return _put_back_inside(value, inside) or rebound
+
+
+def _put_back_inside(value: Any, before: Any) -> bool:
+    if before is None or _is_same(_inside(value), before):
+        return False
+    if isinstance(value, random.Random):
+        value.setstate(before)
+    elif isinstance(value, np.random.Generator):
+        value.bit_generator.state = pickle.loads(before)
+    elif isinstance(value, np.random.RandomState):
+        value.set_state(pickle.loads(before))
+    elif isinstance(value, np.ndarray):
+        value[...] = before
+    else:
+        container: Any = value if type(value) in _CONTAINERS else vars(value)
+        container.clear()
+        container.extend(before) if isinstance(container, list | deque) else container.update(before)
+    return True
+
+
+def _is_same(now: Any, before: Any) -> bool:
+    if type(now) is not type(before):
+        return False
+    if isinstance(before, dict):
+        return len(now) == len(before) and all(_is_equal(now.get(name, _MISSING), before[name]) for name in before)
+    if isinstance(before, list):
+        return len(now) == len(before) and all(map(_is_equal, now, before))
+    if isinstance(before, np.ndarray):
+        return now.dtype == before.dtype and now.tobytes() == before.tobytes()
+    return now == before
+
+
+def _is_equal(now: Any, before: Any) -> bool:
+    """Whether it is the same object, or the same number or text once more."""
+    return now is before or (type(now) is type(before) and type(now) in _PLAIN and now == before)
