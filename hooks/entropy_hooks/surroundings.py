@@ -137,6 +137,10 @@ class Surroundings:
         self._see_code(getattr(function, "__wrapped__", None))
         for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
             self._see_value(cell, name, _contents(cell))
+        name = function.__name__
+        for value in (vars(function), *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
+            if value and (type(value) in _CONTAINERS or _is_plain_object(value)):
+                self._see_value({name: value}, name, value)
         names, of_globals = set(_names(function.__code__)), None
         for name in names & function.__globals__.keys():
             value = function.__globals__[name]
