@@ -27,6 +27,20 @@ class LossReading:
     ambiguous: bool
     """Several loss terms are added: their common scale may differ from any one term's."""
 
+    def plus(self, later: LossReading) -> LossReading:
+        """Of two backward passes through one forward pass, whose gradients add up.
+
+        Args:
+            later: of the second one.
+
+        Returns:
+            The sum as the first one's scale has it: ``loss.backward()`` and ``(0.1 * other).backward()`` are the
+            loss ``loss + 0.1 * other``.
+        """
+        if self.loss is None or later.loss is None:  # so also where it was multiplied away
+            return LossReading(None, self.scale, ambiguous=True)
+        return LossReading(self.loss + later.loss * (later.scale / self.scale), self.scale, ambiguous=True)
+
 
 def read_loss(roots: tuple[Any, ...], gradients: Any) -> LossReading:
     """Walk from the root through multiplications and divisions by constants.

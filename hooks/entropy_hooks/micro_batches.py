@@ -19,6 +19,8 @@ class MicroBatches:
         """Calls that are on the stack: whose, and whether each is a training pass."""
         self.in_backward = False
         """Inside a backward pass through such a forward pass."""
+        self._counts = False
+        """That backward pass is the first one of its forward pass."""
         self.expected: int | None = None
         self.count = 0
         """Backward passes since the last optimizer step."""
@@ -83,14 +85,19 @@ class MicroBatches:
         """Fewer passes than expected have led to the step: which was to be the last one could not be known."""
         return self.expected is not None and 0 < self.count < self.expected
 
-    def enter_backward(self) -> None:
-        """A backward pass has reached our model."""
+    def enter_backward(self, *, again: bool) -> None:
+        """A backward pass has reached our model.
+
+        Args:
+            again: the same forward pass as an earlier one has; it is no micro-batch of its own.
+        """
         self.in_backward = True
+        self._counts |= not again
 
     def leave_backward(self) -> None:
         """The backward pass has ended."""
-        self.count += self.in_backward
-        self.in_backward = False
+        self.count += self._counts
+        self.in_backward = self._counts = False
 
     def step(self) -> None:
         """The optimizer has stepped."""

@@ -271,12 +271,17 @@ class Observer:
     def _recorder(
         self, seen: Pass, layer: str, wanted: Callable[[], bool], store: Callable[[torch.Tensor], None]
     ) -> Callable[[torch.Tensor], None]:
+        total: torch.Tensor | None = None
+
         def record(gradient: torch.Tensor) -> None:
+            nonlocal total
             capture = seen.capture
             if not self.passes.reach(seen) or capture is None or capture is not self.capture:
                 return  # `torch.autograd.grad`, or the graph of an older pass
             if capture.sample is not None and wanted():
-                store(capture.sample.select(capture.axes[layer].sequences(gradient.detach())))
+                selected = capture.sample.select(capture.axes[layer].sequences(gradient.detach()))
+                total = selected if total is None else total + selected  # a second backward pass adds to the first
+                store(total)
 
         # Who saves this activation is not warned of our hook on it.
         return unserializable_hook(functools.partial(self.guard.run, record))
@@ -289,7 +294,8 @@ class Observer:
         Returns:
             The factor of each steered layer's MBE gradient.
         """
-        if not self.passes.reach(seen) or (loss := self.passes.loss) is None or not self.weight:
+        # What is added to the loss is differentiated once, however often the loop runs backward.
+        if not self.passes.reach(seen) or seen.num_backwards > 1 or (loss := seen.loss) is None or not self.weight:
             return None
         if loss.ambiguous and self._options.loss_scale is None:
             self._faults.count("loss_scale_ambiguous", "several loss terms: give attach(loss_scale=) to steer this job")

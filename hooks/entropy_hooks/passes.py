@@ -67,8 +67,15 @@ class Pass:
     """What the listener keeps of it, to run it again."""
     announced: bool = False
     """Its output tells when a gradient comes. Else the next backward pass is taken for its own."""
-    consumed: bool = False
-    """Its backward pass has come."""
+    num_backwards: int = 0
+    """Backward passes that have reached it; a loop may run several, one for each loss."""
+    loss: LossReading | None = None
+    """Of these."""
+
+    @property
+    def consumed(self) -> bool:
+        """Its backward pass has come."""
+        return self.num_backwards > 0
 
 
 class Passes:
@@ -238,19 +245,20 @@ class Passes:
         """A gradient has come to a pass: to its output, or to a layer whose hook is called before that of the output.
 
         Returns:
-            Whether it is that of the pass's own backward pass, and not of `torch.autograd.grad` or of a second one.
+            Whether it is that of a backward pass of its own, and not of `torch.autograd.grad` or of an older pass.
         """
         under_way = self._backward
         if under_way is None:
             return False
-        if not seen.consumed:
+        if not seen.consumed or (seen is self.newest and seen.number not in under_way.reached):
             self._consume(seen, under_way)
         return seen.number in under_way.reached
 
     def _consume(self, seen: Pass, under_way: _Backward) -> None:
-        seen.consumed = True
-        self.micro_batches.enter_backward()
-        self.loss = under_way.loss
+        self.micro_batches.enter_backward(again=seen.consumed)
+        seen.num_backwards += 1
+        seen.loss = under_way.loss if seen.loss is None or under_way.loss is None else seen.loss.plus(under_way.loss)
+        self.loss = seen.loss
         is_newest = seen.number > max(under_way.reached, default=0)
         under_way.reached.add(seen.number)
         if is_newest:
