@@ -9,7 +9,7 @@ import weakref
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Self
 
-from entropy_hooks import backward
+from entropy_hooks import holders
 from entropy_hooks.phase import PhaseControl
 from entropy_hooks.process_end import at_process_end
 
@@ -221,7 +221,7 @@ def _nothing() -> None:
 
 
 def _leave_to_parent() -> None:
-    backward.forget_threads()
+    holders.forget_threads()
     for monitor in list(_live):
         monitor.leave_to_parent()
 

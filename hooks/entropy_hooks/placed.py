@@ -1,4 +1,4 @@
-"""A hook that acts for the one module or optimizer on which it was placed, and how to see an object without ours.
+"""A hook that acts for the one module or optimizer on which it was placed.
 
 It keeps its owner as little alive as any other: a model that is dropped is freed at once, as it would be without us.
 
@@ -10,23 +10,17 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-
-_COMPANIONS = {
-    "_forward_hooks": ("_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
-    "_forward_pre_hooks": ("_forward_pre_hooks_with_kwargs",),
-}
-"""Where torch keeps the hooks of a module, and where it notes under the same keys how to call them."""
+    from collections import OrderedDict
+    from collections.abc import Callable
 
 
 class Placed:
     """Calls `act` for `owner` alone, until `remove`."""
 
-    __slots__ = ("__weakref__", "_act", "_keeps", "_owner")
+    __slots__ = ("__weakref__", "_act", "_keeps", "_owner", "twins")
 
     def __init__(self, owner: object, act: Callable[..., None], keeps: object = None) -> None:
         """Make one.
@@ -38,6 +32,8 @@ class Placed:
         """
         self._owner: Callable[[], object] = weakref.ref(owner)
         self._act, self._keeps = act, keeps
+        self.twins: dict[int, OrderedDict[int, Any]] = {}
+        """Of the dictionaries that it is in; see `unhooked`."""
 
     def __call__(self, owner: object, *args: Any) -> None:
         """The owner, or a copy of it, is called."""
@@ -47,6 +43,7 @@ class Placed:
     def remove(self) -> None:
         """Do nothing any more, wherever a reference is left."""
         self._owner, self._keeps = _nobody, None
+        self.twins = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickled or deep-copied: a callable that takes anything and does nothing, and that every Python can load.
@@ -59,22 +56,3 @@ class Placed:
 
 def _nobody() -> None:
     """Who owns a hook that was removed."""
-
-
-def without_ours(attributes: Mapping[str, Any]) -> dict[int, OrderedDict[int, Any]]:
-    """The hooks of a module as they are without us.
-
-    Args:
-        attributes: the module's ``__dict__``.
-
-    Returns:
-        By the id of a dictionary that names a hook of ours, its twin that does not; empty where there is none.
-    """
-    twins: dict[int, OrderedDict[int, Any]] = {}
-    for name, companions in _COMPANIONS.items():
-        hooks: Mapping[int, Any] = attributes.get(name) or {}
-        if ours := {key for key, hook in hooks.items() if isinstance(hook, Placed)}:
-            for each in (name, *companions):
-                found = attributes[each]
-                twins[id(found)] = OrderedDict((key, value) for key, value in found.items() if key not in ours)
-    return twins
