@@ -66,7 +66,8 @@ class Guarded:
         hook = Hook(module, self.action, self.guard, always=self.always)
         self.guard.hooks.add(hook)
         unscripted.keep_out(self.guard)
-        unsaved.keep_out(type(module), self.guard)
+        for kind in {type(module), getattr(module, "cls_to_become", None) or type(module)}:  # of a lazy module
+            unsaved.keep_out(kind, self.guard)
         return hook
 
 

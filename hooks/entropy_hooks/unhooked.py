@@ -6,7 +6,7 @@ from collections import OrderedDict
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from entropy_hooks.holders import locked
-from entropy_hooks.placed import Placed
+from entropy_hooks.placed import HOOK_FAMILIES, Placed
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -15,12 +15,6 @@ if TYPE_CHECKING:
 
 Twins: TypeAlias = "dict[int, OrderedDict[int, Any]]"
 """By the id of a dictionary that names a hook of ours, its twin that does not."""
-
-_FAMILIES = (
-    ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
-    ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
-)
-"""Where torch keeps the hooks of a module, and where it notes under the same keys how to call them."""
 
 
 def twins_of_module(attributes: Mapping[str, Any]) -> Twins:
@@ -33,7 +27,7 @@ def twins_of_module(attributes: Mapping[str, Any]) -> Twins:
         The twins; empty where none of our hooks is on it.
     """
     twins: Twins = {}
-    for family in _FAMILIES:
+    for family in HOOK_FAMILIES:
         twins |= _twins([attributes.get(name) for name in family])
     return twins
 
