@@ -66,8 +66,9 @@ class Guarded:
         hook = Hook(module, self.action, self.guard, always=self.always)
         self.guard.hooks.add(hook)
         unscripted.keep_out(self.guard)
-        for kind in {type(module), getattr(module, "cls_to_become", None) or type(module)}:  # of a lazy module
-            unsaved.keep_out(kind, self.guard)
+        unsaved.keep_out(type(module), self.guard)
+        if (later := getattr(module, "cls_to_become", None)) is not None:  # a lazy module's, from its first pass on
+            unsaved.keep_out(later, self.guard)
         return hook
 
 
