@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import getpass
 import logging
 import os
-import platform
 import socket
-import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,14 +16,15 @@ from torch.optim import Optimizer
 
 from entropy_hooks.faults import Faults
 from entropy_hooks.monitor import Monitor, live_monitors
-from entropy_hooks.ranks import agree_on_attempt, process_started, rank_and_world_size
+from entropy_hooks.ranks import agree_on_attempt, rank_and_world_size
+from entropy_hooks.record import attempt_record
 from entropy_hooks.session import Session
 from entropy_hooks.taps import find_taps, steered_layers, takes_hooks, unwrap, unwrap_optimizer
 from entropy_hooks.target import Target
-from entropy_monitor import __version__
 from entropy_monitor.config import hooks_disabled, load_config
 from entropy_monitor.errors import ConfigError, EntropyMonitorError
-from entropy_monitor.store import create_run, trim_vanished_ranks
+from entropy_monitor.store import create_run, trim_vanished_ranks, write_heartbeat
+from entropy_monitor.store.layout import rank_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -50,8 +48,8 @@ def attach(
 ) -> Monitor:
     """Observe a training job, and let commands steer it if ``steer=True``.
 
-    Training is bit-identical to a job without this line unless a compress command is applied. Whatever fails later is
-    counted, logged once and never raised into training.
+    Training is bit-identical to a job without this line unless a compress command is applied. Whatever fails, here or
+    later, is counted, logged once and never raised into training.
 
     Args:
         model: the model that trains, wrapped or not.
@@ -65,7 +63,8 @@ def attach(
         **options: fields of `entropy_monitor.config.MonitorOptions`.
 
     Returns:
-        The monitor, also when this model is observed already, or disabled when the run cannot be written.
+        The monitor, also when this model is observed already; disabled when the run cannot be written or the hooks
+        cannot be placed, and then everything is as it was.
 
     Raises:
         ConfigError: an option is wrong (a ValueError, as an unknown layer gives); nothing has been created.
@@ -92,15 +91,31 @@ class Prepared:
             start_step: the number of the optimizer step that begins now; that of the options when None.
 
         Returns:
-            The monitor, also when somebody else has attached to this model since.
+            The monitor, also when somebody else has attached to this model since; disabled when it could not be done,
+            and then model, optimizers and process are as they were.
         """
         if (existing := observed_by(self.target.model)) is not None:
             return existing
         options = self.options if start_step is None else replace(self.options, start_step=start_step)
         monitor = Monitor(options, self.faults, self.opened.objects.url)
         monitor.model_name, monitor.layers = type(self.target.model).__name__, self.target.layers
-        monitor.begin(Session(self.opened, self.place, self.target, options, monitor.phase_control, self.faults))
+        try:
+            monitor.begin(Session(self.opened, self.place, self.target, options, monitor.phase_control, self.faults))
+        except Exception as error:
+            failed = _not_attached(options, self.faults, error)
+            self._say_goodbye(options.start_step)
+            return failed
         return monitor
+
+    def _say_goodbye(self, step: int) -> None:
+        """The run's readers shall not wait for an attempt that has ended before its first step."""
+        attempt, rank = self.place
+        fields = {"state": "ended", "pid": os.getpid(), "host": socket.gethostname(), "attempt": attempt, "rank": rank}
+        try:
+            faults = self.faults.snapshot()
+            write_heartbeat(self.opened.objects, rank_name(rank), {**fields, "step": step, "faults": faults})
+        except Exception as error:
+            self.faults.count("heartbeat_failed", error)
 
 
 def observed_by(model: nn.Module) -> Monitor | None:
@@ -132,12 +147,36 @@ def prepare(
 
     Returns:
         What `Prepared.install` needs; or a monitor when there is nothing to install: the model is observed already, or
-        hooks are switched off, or the run cannot be written.
+        hooks are switched off, or the run cannot be written, or something fails.
 
     Raises:
         ConfigError: an option is wrong; nothing has been created.
     """
     config = load_config(run=run, hooks=options)
+    optimizers = _checked(model, optimizer, probe, config.hooks)
+    faults = Faults()
+    try:
+        return _prepare(model, optimizers, probe, config, faults)
+    except ConfigError:
+        raise
+    except Exception as error:  # the user's model and optimizers run code of their own when they are looked at
+        return _not_attached(config.hooks, faults, error)
+
+
+def _checked(
+    model: nn.Module,
+    optimizer: Optimizer | Sequence[Optimizer],
+    probe: Callable[[nn.Module], torch.Tensor] | None,
+    options: MonitorOptions,
+) -> tuple[Optimizer, ...]:
+    """Refuse arguments that cannot be meant.
+
+    Returns:
+        The optimizers.
+
+    Raises:
+        ConfigError: which one, and why.
+    """
     _check(model, nn.Module, "model")
     if not takes_hooks(scripted := unwrap(model)):
         raise ConfigError(
@@ -153,15 +192,24 @@ def prepare(
         _check(entry, Optimizer, "optimizer")
     if probe is not None and not callable(probe):
         raise ConfigError(f"expected probe to be a function of the model; found {type(probe).__name__}: give one")
-    if probe is not None and not config.hooks.exact_alignment_every and config.hooks.observe == "training":
+    if probe is not None and not options.exact_alignment_every and options.observe == "training":
         raise ConfigError(
             "expected exact_alignment_every or observe='probe' beside probe; found neither: set one, or leave probe out"
         )
+    return optimizers
+
+
+def _prepare(
+    model: nn.Module,
+    optimizers: tuple[Optimizer, ...],
+    probe: Callable[[nn.Module], torch.Tensor] | None,
+    config: MonitorConfig,
+    faults: Faults,
+) -> Prepared | Monitor:
     inner = unwrap(model)
     if (existing := observed_by(inner)) is not None:
         _tell_ignored(existing, config)
         return existing
-    faults = Faults()
     taps = find_taps(inner, config.hooks.layers)
     steered = steered_layers(tuple(taps), config.hooks.steer_layers)
     target = Target(inner, model, tuple(map(unwrap_optimizer, optimizers)), taps, steered, probe)
@@ -178,13 +226,28 @@ def prepare(
     _processes.add(os.getpid())
     try:
         opened = create_run(config.run or time.strftime("runs/%Y%m%d-%H%M%S"))
-        attempt = agree_on_attempt(opened.objects, rank, lambda: _record(target, config.hooks, world_size))
+        attempt = agree_on_attempt(opened.objects, rank, lambda: attempt_record(target, config.hooks, world_size))
         if rank == 0:
             trim_vanished_ranks(opened.objects, world_size, config.hooks.keep)
     except (EntropyMonitorError, OSError, RuntimeError) as error:  # RuntimeError: the process group's store is gone
         faults.count("store_unavailable", error)
         return Monitor(config.hooks, faults)
     return Prepared(opened, (attempt, rank), target, config.hooks, faults)
+
+
+def _not_attached(options: MonitorOptions, faults: Faults, error: Exception) -> Monitor:
+    """Whatever it was, it is no reason to stop a training.
+
+    Returns:
+        A monitor that observes nothing and says why.
+    """
+    logger.debug("attach", exc_info=error)
+    faults.count(
+        "attach_failed",
+        f"expected to place hooks and start threads; found {type(error).__name__}: {error}: mend what this names (a "
+        "class must take hooks as torch's own does: call super().__init__(), hand keyword arguments on)",
+    )
+    return Monitor(options, faults)
 
 
 def _tell_ignored(existing: Monitor, config: MonitorConfig) -> None:
@@ -208,38 +271,3 @@ def _check(value: object, kind: type, name: str) -> None:
             f"expected {name} to be a torch {kind.__name__}; found {type(value).__name__}: "
             "call attach(model, optimizer, ...)"
         )
-
-
-def _record(target: Target, options: MonitorOptions, world_size: int) -> dict[str, Any]:
-    """What is worth knowing of this start of the trainer, months later.
-
-    Returns:
-        The attempt's record.
-    """
-    return {
-        "started_at": time.time(),
-        "command_line": sys.argv,
-        "pid": os.getpid(),
-        "process_started": process_started(os.getpid()),
-        "host": socket.gethostname(),
-        "user": _user(),
-        "world_size": world_size,
-        "versions": {
-            "entropy_monitor": __version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
-        "model": type(target.model).__name__,
-        "num_parameters": sum(parameter.numel() for parameter in target.model.parameters()),
-        "layers": list(target.layers),
-        "steered_layers": list(target.steered),
-        "options": asdict(options),
-        "total_steps": options.total_steps,
-    }
-
-
-def _user() -> str | None:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # a container's user without a name
-        return None

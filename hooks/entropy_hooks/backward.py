@@ -6,6 +6,7 @@ stack, gradient hooks record and inject; `torch.autograd.grad` and other calls p
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
 from typing import TYPE_CHECKING, Any, Protocol
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch.autograd.graph import GradientEdge
 
+from entropy_hooks.holders import hold, release
 from entropy_hooks.unscripted import forget_builtin, share_builtin
 from entropy_hooks.untraced import untraced
 
@@ -30,43 +32,37 @@ class BackwardListener(Protocol):
         """The backward pass has ended, with or without an exception."""
 
 
-_lock = threading.Lock()
 _listeners: list[BackwardListener] = []
-_original: Callable[..., None] | None = None
-_ours: Callable[..., None] | None = None
-"""Our wrapper, while it is installed."""
 _depth = threading.local()
 """How many calls of the wrapper are on each thread's stack."""
 
 
 def listen(listener: BackwardListener) -> None:
     """Tell a listener of every backward pass from now on."""
-    global _original, _ours
-    with _lock:
-        if not _listeners:
-            _original = torch.autograd.backward
-            _ours = torch.autograd.backward = _wrap(_original)
-            share_builtin(_ours, _original)
-        _listeners.append(listener)
+    hold(listener, "torch.autograd.backward", _wrap_backward)
+    _listeners.append(listener)
 
 
 def unlisten(listener: BackwardListener) -> None:
     """Stop telling it; the last one to leave restores the original function."""
-    global _original, _ours
-    with _lock:
-        if listener in _listeners:
-            _listeners.remove(listener)
+    with contextlib.suppress(ValueError):  # it is told no more
+        _listeners.remove(listener)
+    release(listener)
+
+
+def _wrap_backward() -> Callable[[], None]:
+    original = torch.autograd.backward
+    ours = _wrap(original)
+    share_builtin(ours, original)
+    torch.autograd.backward = ours
+
+    def undo() -> None:
         # If somebody wrapped our wrapper, theirs stays: with no listener left, ours only passes calls on.
-        if not _listeners and _original is not None and _ours is not None and torch.autograd.backward is _ours:
-            torch.autograd.backward = _original
-            forget_builtin(_ours)
-            _original = _ours = None
+        if torch.autograd.backward is ours:
+            torch.autograd.backward = original
+            forget_builtin(ours)
 
-
-def forget_threads() -> None:
-    """In a forked child: the lock may have been held by a thread that does not exist here."""
-    global _lock
-    _lock = threading.Lock()
+    return undo
 
 
 def _tell_before(listeners: tuple[BackwardListener, ...], roots: tuple[Any, ...], gradients: Any) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from entropy_hooks import unsaved, unscripted
+from entropy_hooks import holders, unsaved, unscripted
 from entropy_hooks.placed import Placed
 
 if TYPE_CHECKING:
@@ -62,7 +63,13 @@ class Guarded:
         Returns:
             What to register, once.
         """
-        return self.guard.place(module, self.action, always=self.always)
+        hook = Hook(module, self.action, self.guard, always=self.always)
+        self.guard.hooks.add(hook)
+        unscripted.keep_out(self.guard)
+        unsaved.keep_out(type(module), self.guard)
+        if (later := getattr(module, "cls_to_become", None)) is not None:  # a lazy module's, from its first pass on
+            unsaved.keep_out(later, self.guard)
+        return hook
 
 
 class Guard:
@@ -75,7 +82,8 @@ class Guard:
         self.transformed = False
         """In this step a hook was called inside a transform of `torch.func`, which is not observed."""
         self._silent = False
-        self._hooks: list[Hook] = []
+        self.hooks: weakref.WeakSet[Hook] = weakref.WeakSet()
+        """Those that are placed, and in copies."""
 
     def __call__(self, hook: Callable[..., None], *, always: bool = False) -> Guarded:
         """Make a hook harmless.
@@ -89,25 +97,12 @@ class Guard:
         """
         return Guarded(self, hook, always)
 
-    def place(self, module: nn.Module, action: Callable[..., None], *, always: bool) -> Hook:
-        """Make a hook for a module; see `Guarded.on`.
-
-        Returns:
-            The hook.
-        """
-        unsaved.keep_out(type(module), self)
-        unscripted.keep_out(self)
-        hook = Hook(module, action, self, always=always)
-        self._hooks.append(hook)
-        return hook
-
     def release(self) -> None:
         """The hooks have been removed: any that is left in some copy is dead from now on."""
-        for hook in self._hooks:
+        for hook in list(self.hooks):
             hook.remove()
-        self._hooks.clear()
-        unsaved.release(self)
-        unscripted.release(self)
+        self.hooks.clear()
+        holders.release(self)
 
     def observes(self) -> bool:
         """Whether the module that runs now is run for its training, and by torch's own autograd.

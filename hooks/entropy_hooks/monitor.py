@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import threading
@@ -9,7 +10,7 @@ import weakref
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Self
 
-from entropy_hooks import backward
+from entropy_hooks import holders
 from entropy_hooks.phase import PhaseControl
 from entropy_hooks.process_end import at_process_end
 
@@ -76,7 +77,7 @@ class Monitor:
 
     @property
     def enabled(self) -> bool:
-        """Whether it observes: False after `detach`, when switched off, or when the store could not be opened."""
+        """Whether it observes: False after `detach`, when switched off, or when `attach` failed."""
         return self._session is not None
 
     @property
@@ -139,9 +140,17 @@ class Monitor:
     def begin(self, session: Session) -> None:
         """Start an attachment; `attach` calls this once."""
         self._session = session
-        session.start(when_over=self._begin_to_close)
+        with contextlib.ExitStack() as undo:  # a thread may not start
+            undo.callback(self._give_up, session)
+            session.start(when_over=self._begin_to_close)
+            undo.pop_all()
         self._forget_at_end = at_process_end(functools.partial(self.close, EXIT_TIMEOUT_S))
         _live.add(self)
+
+    def _give_up(self, session: Session) -> None:
+        self._session = None
+        session.remove_hooks()
+        session.writer.stop(EXIT_TIMEOUT_S)
 
     def observes(self, model: nn.Module) -> bool:
         """Whether it observes this model.
@@ -221,7 +230,7 @@ def _nothing() -> None:
 
 
 def _leave_to_parent() -> None:
-    backward.forget_threads()
+    holders.forget_threads()
     for monitor in list(_live):
         monitor.leave_to_parent()
 

@@ -69,10 +69,14 @@ class Observer:
         self.replay = Replay(target, options, self._sampler, self.guard.run, faults)
         self.kept: Kept | None = None
         """The newest kept pass of this step that had its backward pass, or is having it."""
-        self.passes = Passes(target, self, self.guard, faults)
-        self._micro = self.passes.micro_batches
-        if not self.passes.compiled or options.steer:
-            self._install(target)
+        with contextlib.ExitStack() as undo:  # a module may refuse its hook
+            undo.callback(self.guard.release)
+            self.passes = Passes(target, self, self.guard, faults)
+            undo.callback(self.passes.remove)
+            self._micro = self.passes.micro_batches
+            if not self.passes.compiled or options.steer:
+                self._install(target)
+            undo.pop_all()
 
     # ---- installation ------------------------------------------------------------------------------------------------
 

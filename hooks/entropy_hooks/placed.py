@@ -1,4 +1,4 @@
-"""A hook that acts for the one module or optimizer on which it was placed, and how to see an object without ours.
+"""A hook that acts for the one module or optimizer on which it was placed.
 
 It keeps its owner as little alive as any other: a model that is dropped is freed at once, as it would be without us.
 
@@ -10,23 +10,25 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections import OrderedDict
+    from collections.abc import Callable, Iterable
 
-_COMPANIONS = {
-    "_forward_hooks": ("_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
-    "_forward_pre_hooks": ("_forward_pre_hooks_with_kwargs",),
-}
-"""Where torch keeps the hooks of a module, and where it notes under the same keys how to call them."""
+HOOK_FAMILIES = (
+    ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+    ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
+    ("_optimizer_step_pre_hooks",),
+    ("_optimizer_step_post_hooks",),
+)
+"""Where torch keeps the hooks of a module or an optimizer, and where it notes under the same keys how to call them."""
 
 
 class Placed:
     """Calls `act` for `owner` alone, until `remove`."""
 
-    __slots__ = ("__weakref__", "_act", "_keeps", "_owner")
+    __slots__ = ("__weakref__", "_act", "_owner", "keeps", "twins")
 
     def __init__(self, owner: object, act: Callable[..., None], keeps: object = None) -> None:
         """Make one.
@@ -37,7 +39,9 @@ class Placed:
             keeps: what must not go before the owner does.
         """
         self._owner: Callable[[], object] = weakref.ref(owner)
-        self._act, self._keeps = act, keeps
+        self._act, self.keeps = act, keeps
+        self.twins: dict[int, OrderedDict[int, Any]] = {}
+        """Of the dictionaries that it is in; see `unhooked`."""
 
     def __call__(self, owner: object, *args: Any) -> None:
         """The owner, or a copy of it, is called."""
@@ -45,8 +49,12 @@ class Placed:
             self._act(owner, *args)
 
     def remove(self) -> None:
-        """Do nothing any more, wherever a reference is left."""
-        self._owner, self._keeps = _nobody, None
+        """Leave the owner, also where the handle was lost, and do nothing any more wherever a reference is left."""
+        owner = self._owner()
+        if owner is not None:
+            _take_out(self, vars(owner))
+        self._owner, self.keeps = _nobody, None
+        self.twins = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickled or deep-copied: a callable that takes anything and does nothing, and that every Python can load.
@@ -61,20 +69,18 @@ def _nobody() -> None:
     """Who owns a hook that was removed."""
 
 
-def without_ours(attributes: Mapping[str, Any]) -> dict[int, OrderedDict[int, Any]]:
-    """The hooks of a module as they are without us.
+def remove_lost(owners: Iterable[object], keeps: object) -> None:
+    """Take away what was placed for the sake of something, where the handles are lost."""
+    for owner in owners:
+        for name, *_ in HOOK_FAMILIES:
+            for hook in list(vars(owner).get(name, {}).values()):
+                if isinstance(hook, Placed) and hook.keeps is keeps:
+                    hook.remove()
 
-    Args:
-        attributes: the module's ``__dict__``.
 
-    Returns:
-        By the id of a dictionary that names a hook of ours, its twin that does not; empty where there is none.
-    """
-    twins: dict[int, OrderedDict[int, Any]] = {}
-    for name, companions in _COMPANIONS.items():
-        hooks: Mapping[int, Any] = attributes.get(name) or {}
-        if ours := {key for key, hook in hooks.items() if isinstance(hook, Placed)}:
-            for each in (name, *companions):
-                found = attributes[each]
-                twins[id(found)] = OrderedDict((key, value) for key, value in found.items() if key not in ours)
-    return twins
+def _take_out(hook: Placed, attributes: dict[str, Any]) -> None:
+    for family in HOOK_FAMILIES:
+        hooks = attributes.get(family[0]) or {}
+        for key in [key for key, found in list(hooks.items()) if found is hook]:
+            for name in family:
+                attributes[name].pop(key, None)

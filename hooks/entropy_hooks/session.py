@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import socket
@@ -18,6 +19,7 @@ from entropy_hooks.host import Ring
 from entropy_hooks.meter import Meter
 from entropy_hooks.observer import Observer
 from entropy_hooks.optimizer_figures import gradient_norm, learning_rate
+from entropy_hooks.placed import remove_lost
 from entropy_hooks.probe_sampler import ProbeSampler
 from entropy_hooks.pulse import Pulse
 from entropy_hooks.ranks import rank_and_world_size
@@ -89,7 +91,11 @@ class Session:
             self._probe = ProbeSampler(target, self._observer, options, faults)
         run_guarded = self._observer.guard.run
         before, after = (functools.partial(run_guarded, act) for act in (self._before_step, self._after_step))
-        self._boundary = StepBoundary(target, before, after)
+        with contextlib.ExitStack() as undo:  # an optimizer may refuse its hooks
+            undo.callback(self._observer.remove)
+            undo.callback(remove_lost, target.optimizers, target.model)
+            self._boundary = StepBoundary(target, before, after)
+            undo.pop_all()
         self._observer.passes.on_forward = self._boundary.begin_forward
         self._observer.on_backward = self._after_backward
 

@@ -8,16 +8,18 @@ own ``__reduce__`` and ``__getstate__`` are obeyed) and takes our hooks out of t
 from __future__ import annotations
 
 import copyreg
-from dataclasses import dataclass, field
+import functools
 from typing import TYPE_CHECKING, Any
 
 from torch.utils.hooks import RemovableHandle
 
-from entropy_hooks.placed import without_ours
+from entropy_hooks.holders import hold
+from entropy_hooks.unhooked import twins_of_handle, twins_of_module
 
 if TYPE_CHECKING:
-    from collections import OrderedDict
     from collections.abc import Callable
+
+    from entropy_hooks.unhooked import Twins
 
     Reducer = Callable[[Any], Any]
 
@@ -27,46 +29,26 @@ _DEPTH = 3
 """A state may lie in a tuple, with slots beside it or as an argument of what rebuilds the object."""
 
 
-@dataclass(slots=True)
-class _Entry:
-    """Of one class in the table."""
-
-    previous: Reducer | None
-    """The user's own."""
-    ours: Reducer
-    holders: set[int] = field(default_factory=set[int])
-
-
-_entries: dict[type, _Entry] = {}
-_twins: dict[int, OrderedDict[int, Any]] = {}
-"""By the id of a dictionary of hooks, what stands for it. A handle that the user keeps must name the same one."""
-
-
 def keep_out(kind: type, holder: object) -> None:
-    """From now on our hooks are taken out of whatever is made of objects of a class, until `release`."""
+    """From now on our hooks are taken out of whatever is made of objects of a class, until `holders.release`."""
     for each in (kind, RemovableHandle):
-        if each not in _entries:
-            previous = copyreg.dispatch_table.get(each)
-            reduce = _reduce_handle if each is RemovableHandle else _reduce
-            entry = _entries[each] = _Entry(previous, _reducer(reduce, previous))
-            copyreg.dispatch_table[each] = entry.ours
-        _entries[each].holders.add(id(holder))
+        hold(holder, each, functools.partial(_enter, each))
 
 
-def release(holder: object) -> None:
-    """The hooks of a holder are gone; the last one of a class leaves the table as it was."""
-    for kind, entry in list(_entries.items()):
-        entry.holders.discard(id(holder))
-        if entry.holders:
-            continue
-        del _entries[kind]
-        if copyreg.dispatch_table.get(kind) is entry.ours:  # else somebody has registered theirs since
-            if entry.previous is None:
-                del copyreg.dispatch_table[kind]
-            else:
-                copyreg.dispatch_table[kind] = entry.previous
-    if not _entries:
-        _twins.clear()
+def _enter(kind: type) -> Callable[[], None]:
+    previous = copyreg.dispatch_table.get(kind)  # the user's own
+    ours = _reducer(_reduce_handle if kind is RemovableHandle else _reduce, previous)
+    copyreg.dispatch_table[kind] = ours
+
+    def undo() -> None:
+        if copyreg.dispatch_table.get(kind) is not ours:
+            return  # somebody has registered theirs since
+        if previous is None:
+            del copyreg.dispatch_table[kind]
+        else:
+            copyreg.dispatch_table[kind] = previous
+
+    return undo
 
 
 def _reducer(reduce: Callable[[Any, Any], Any], previous: Reducer | None) -> Reducer:
@@ -77,24 +59,17 @@ def _reducer(reduce: Callable[[Any, Any], Any], previous: Reducer | None) -> Red
 
 
 def _reduce(thing: Any, reduced: Any) -> Any:
-    twins = without_ours(vars(thing))
-    return _exchanged(reduced, _kept(twins), _DEPTH) if twins and isinstance(reduced, tuple) else reduced
+    twins = twins_of_module(vars(thing))
+    return _exchanged(reduced, twins, _DEPTH) if twins and isinstance(reduced, tuple) else reduced
 
 
 def _reduce_handle(handle: RemovableHandle, reduced: Any) -> Any:
     """A handle reduces to the dictionaries that it removes its hook from."""
-    return _exchanged(reduced, _twins, _DEPTH) if _twins else reduced
+    twins = twins_of_handle(handle)
+    return _exchanged(reduced, twins, _DEPTH) if twins else reduced
 
 
-def _kept(twins: dict[int, OrderedDict[int, Any]]) -> dict[int, OrderedDict[int, Any]]:
-    for key, twin in twins.items():
-        if key not in _twins or list(_twins[key].items()) != list(twin.items()):
-            _twins[key] = twin
-        twins[key] = _twins[key]
-    return twins
-
-
-def _exchanged(value: Any, twins: dict[int, OrderedDict[int, Any]], depth: int) -> Any:
+def _exchanged(value: Any, twins: Twins, depth: int) -> Any:
     """A nest of plain tuples and dicts with twins in place of what they stand for.
 
     Returns:

@@ -13,36 +13,33 @@ import torch
 from torch import nn
 from torch.jit import _builtins, _recursive
 
-from entropy_hooks.placed import without_ours
+from entropy_hooks.holders import hold
+from entropy_hooks.unhooked import twins_of_module
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 _CREATE = "create_script_module"
 """A private name of torch's: where there is none, a hooked model cannot be scripted, and all else works."""
-_holders: set[int] = set()
-_original: Callable[..., Any] | None = None
-_ours: Callable[..., Any] | None = None
 
 
 def keep_out(holder: object) -> None:
-    """From now on scripting overlooks our hooks, until `release`."""
-    global _original, _ours
-    if not _holders and hasattr(_recursive, _CREATE):
-        _original = getattr(_recursive, _CREATE)
-        _ours = _wrap(_original)  # pyright: ignore[reportArgumentType]
-        setattr(_recursive, _CREATE, _ours)
-    _holders.add(id(holder))
+    """From now on scripting overlooks our hooks, until `holders.release`."""
+    if hasattr(_recursive, _CREATE):
+        hold(holder, _CREATE, _overlook_hooks)
 
 
-def release(holder: object) -> None:
-    """The hooks of a holder are gone; the last one leaves torch as it was."""
-    global _original, _ours
-    _holders.discard(id(holder))
-    # If somebody wrapped our wrapper, theirs stays: ours finds no hooks then.
-    if not _holders and _original is not None and getattr(_recursive, _CREATE) is _ours:
-        setattr(_recursive, _CREATE, _original)
-        _original = _ours = None
+def _overlook_hooks() -> Callable[[], None]:
+    original = getattr(_recursive, _CREATE)
+    ours = _wrap(original)
+    setattr(_recursive, _CREATE, ours)
+
+    def undo() -> None:
+        # If somebody wrapped our wrapper, theirs stays: ours finds no hooks then.
+        if getattr(_recursive, _CREATE) is ours:
+            setattr(_recursive, _CREATE, original)
+
+    return undo
 
 
 def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -63,7 +60,7 @@ def _unhooked(module: Any, seen: dict[int, Any]) -> Any:
         return module
     if id(module) not in seen:
         attributes = vars(module)
-        twins = without_ours(attributes)
+        twins = twins_of_module(attributes)
         parts = {name: _unhooked(part, seen) for name, part in attributes["_modules"].items()}
         if twins or any(part is not attributes["_modules"][name] for name, part in parts.items()):
             stand_in: nn.Module = object.__new__(type(module))

@@ -123,7 +123,8 @@ class Writer:
             with self._idle:
                 self.dropped += self._pending_frames
         self._queue.put(None)
-        self._thread.join(1.0)
+        if self.alive:
+            self._thread.join(1.0)
 
     def _work(self) -> None:
         while (job := self._queue.get()) is not None:

@@ -38,5 +38,8 @@ def test_a_tensor_without_entries_can_be_taken() -> None:
 def test_memory_first_taken_in_inference_mode_serves_training() -> None:
     buffers = Buffers()
     with torch.inference_mode():
-        buffers.take((100,), torch.float32)
-    torch.index_select(torch.ones(200), 0, torch.arange(100), out=buffers.take((100,), torch.float32))
+        address = buffers.take((100,), torch.float32).data_ptr()
+    taken = buffers.take((100,), torch.float32)
+    torch.index_select(torch.arange(200.0), 0, torch.arange(100, 200), out=taken)
+    assert taken.data_ptr() == address
+    assert torch.equal(taken, torch.arange(100.0, 200.0))

@@ -16,6 +16,7 @@ from entropy_hooks import attach
 from .training import Job, flushed, frames, observe, tiny_gpt
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from entropy_hooks import Monitor
@@ -43,6 +44,20 @@ def check(run: Path, losses: list[float]) -> None:
             assert group.gradients is not None
             assert np.isfinite(group.gradients[:, tokens]).all()
             assert (group.gradients[:, tokens] != 0).any(axis=(1, 2)).all()
+
+
+def check_steps(run: Path, backward: Callable[[Job], torch.Tensor]) -> None:
+    """Train a job whose gradients `backward` makes, and hold the frames against the losses that it returns."""
+    job = Job(lambda: tiny_gpt(dropout=0.0))
+    losses: list[float] = []
+    with observe(job, run=run, every=1) as monitor:
+        for _ in range(STEPS):
+            job.optimizer.zero_grad()
+            losses.append(backward(job).item())
+            job.optimizer.step()
+            flushed(monitor)
+    assert monitor.stats().faults == {}
+    check(run, losses)
 
 
 def test_a_generator_and_its_discriminator(tmp_path: Path) -> None:
@@ -109,49 +124,35 @@ def test_two_models_before_either_is_differentiated(tmp_path: Path, order: str) 
 def test_an_unobserved_model_in_between(run: Path) -> None:
     torch.manual_seed(0)
     other = Net(8, 4)
-    job = Job(lambda: tiny_gpt(dropout=0.0))
-    with observe(job, run=run, every=1) as monitor:
-        for _ in range(STEPS):
-            loss = job.forward_loss()
-            other(torch.randn(16, 8)).square().mean().backward()
-            job.optimizer.zero_grad()
-            loss.backward()
-            job.optimizer.step()
-            job.losses.append(loss.item())
-            flushed(monitor)
-    assert monitor.stats().faults == {}
-    check(run, job.losses)
+
+    def backward(job: Job) -> torch.Tensor:
+        loss = job.forward_loss()
+        other(torch.randn(16, 8)).square().mean().backward()
+        loss.backward()
+        return loss
+
+    check_steps(run, backward)
 
 
 def test_two_passes_one_backward(run: Path) -> None:
     """A loss of two views: the frame holds the newer pass, as it always did, and counts one micro-batch."""
-    job = Job(lambda: tiny_gpt(dropout=0.0))
-    with observe(job, run=run, every=1) as monitor:
-        for _ in range(STEPS):
-            job.optimizer.zero_grad()
-            loss = job.forward_loss() + job.forward_loss()
-            loss.backward()
-            job.optimizer.step()
-            job.losses.append(loss.item())
-            flushed(monitor)
-    assert monitor.stats().faults == {}
-    check(run, job.losses)
+
+    def backward(job: Job) -> torch.Tensor:
+        loss = job.forward_loss() + job.forward_loss()
+        loss.backward()
+        return loss
+
+    check_steps(run, backward)
 
 
 def test_two_backward_passes_through_one_forward_pass(run: Path) -> None:
-    job = Job(lambda: tiny_gpt(dropout=0.0))
-    losses = []
-    with observe(job, run=run, every=1) as monitor:
-        for _ in range(STEPS):
-            job.optimizer.zero_grad()
-            loss = job.forward_loss()
-            (loss / 2).backward(retain_graph=True)
-            loss.backward()
-            job.optimizer.step()
-            losses.append(loss.item())
-            flushed(monitor)
-    assert monitor.stats().faults == {}
-    check(run, losses)
+    def backward(job: Job) -> torch.Tensor:
+        loss = job.forward_loss()
+        (loss / 2).backward(retain_graph=True)
+        loss.backward()
+        return loss
+
+    check_steps(run, backward)
 
 
 def test_threads_that_train_models_of_their_own(tmp_path: Path) -> None:

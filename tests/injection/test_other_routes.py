@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-REQUEST: Request = {"verb": "attach", "run": "/tmp/run", "options": {"every": 3}, "wait_s": 5.0}
+REQUEST: Request = {"verb": "attach", "run": "runs/nobody-reads-this", "options": {"every": 3}, "wait_s": 5.0}
 LISTENER = """
 import json, os, socket, sys
 directory = f"{os.environ['XDG_RUNTIME_DIR']}/entropy-monitor-{os.getuid()}"

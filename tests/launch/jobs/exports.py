@@ -7,7 +7,7 @@ import io
 import multiprocessing
 
 import torch
-from net import Net, batch, loss_of, report
+from net import Net, batch, report, train_with
 
 
 def apply(model: torch.nn.Module, tokens: torch.Tensor, answer: multiprocessing.SimpleQueue) -> None:
@@ -19,13 +19,7 @@ if __name__ == "__main__":
     torch.manual_seed(0)
     model = Net()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    losses = []
-    for _ in range(6):
-        loss = loss_of(model, batch())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    losses = train_with(optimizer, model, 6)
     model.eval()
     tokens = batch()
     with torch.no_grad():

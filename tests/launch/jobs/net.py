@@ -38,7 +38,10 @@ def loss_of(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
 
 def train(model: nn.Module, steps: int, *, seed: int = 0) -> list[float]:
     torch.manual_seed(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    return train_with(torch.optim.AdamW(model.parameters(), lr=1e-2), model, steps)
+
+
+def train_with(optimizer: torch.optim.Optimizer, model: nn.Module, steps: int) -> list[float]:
     losses: list[float] = []
     for _ in range(steps):
         optimizer.zero_grad()

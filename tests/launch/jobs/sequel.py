@@ -7,7 +7,7 @@ import time
 import weakref
 
 import torch
-from net import Net, batch, loss_of, report
+from net import Net, report, train_with
 
 if __name__ == "__main__":
     losses, alive = [], []
@@ -15,14 +15,9 @@ if __name__ == "__main__":
         torch.manual_seed(seed)
         model = Net()
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-        for _ in range(6):
-            loss = loss_of(model, batch())
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
+        losses += train_with(optimizer, model, 6)
         dropped = [weakref.ref(thing) for thing in (model, optimizer, *model.parameters())]
-        del model, optimizer, loss
+        del model, optimizer
         gc.collect()
         deadline = time.monotonic() + 10  # the last frame may still be on its way to the disk
         while any(one() is not None for one in dropped) and time.monotonic() < deadline:
