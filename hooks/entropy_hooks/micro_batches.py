@@ -24,6 +24,8 @@ class MicroBatches:
         self.expected: int | None = None
         self.count = 0
         """Backward passes since the last optimizer step."""
+        self._begun = 0
+        """Forward passes since the last optimizer step."""
         self._watchful = 0
 
     @property
@@ -78,7 +80,12 @@ class MicroBatches:
         """
         if self.expected is None or self._watchful:
             return True
-        return self.count % self.expected == self.expected - 1
+        # By either count: a loop may run all its forward passes first, and some of them never backward.
+        return self.expected - 1 in (self.count % self.expected, (self._begun - 1) % self.expected)
+
+    def begin(self) -> None:
+        """A training pass begins."""
+        self._begun += 1
 
     @property
     def ended_early(self) -> bool:
@@ -101,7 +108,7 @@ class MicroBatches:
 
     def step(self) -> None:
         """The optimizer has stepped."""
-        count, self.count = self.count, 0
+        count, self.count, self._begun = self.count, 0, 0
         self._watchful = max(0, self._watchful - 1)
         if count and self.expected is not None and count % self.expected:
             self._watchful = _WATCHFUL_STEPS

@@ -172,6 +172,7 @@ class Passes:
         if self.on_forward is not None:
             self.on_forward()
         self._num_passes += 1
+        self.micro_batches.begin()
         self.current = Pass(self._num_passes, threading.get_ident())
         self._listener.begin_pass()
 
