@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from entropy_hooks.compiled import compiled_original
 from entropy_monitor.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def wrappers(model: nn.Module) -> list[nn.Module]:
     """
     chain = [model]
     while True:
-        inner = getattr(model, "_orig_mod", None)
+        inner = compiled_original(model)
         if inner is None and type(model).__name__ in {
             "DistributedDataParallel",
             "DataParallel",
