@@ -14,7 +14,14 @@ from entropy_hooks.taps import unwrap
 from .training import Job, assert_same_training, flushed, frames, observe
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo() -> Iterator[None]:
+    yield
+    torch._dynamo.reset()
 
 
 class AnswersToAnyName(nn.Module):
@@ -62,7 +69,7 @@ def test_a_model_that_answers_to_any_name_is_not_taken_for_compiled(run: Path, a
 
 def test_what_torch_compile_made_is_told_by_its_type() -> None:
     inner = nn.Linear(2, 2)
-    compiled = torch.compile(inner, backend="eager")
+    compiled: Any = torch.compile(inner, backend="eager")
     assert compiled_original(compiled) is inner
     assert unwrap(compiled) is inner
     delegating = AnswersToAnyName(inner)
