@@ -21,7 +21,7 @@ from entropy_hooks.faults import Faults
 from entropy_hooks.monitor import Monitor, live_monitors
 from entropy_hooks.ranks import agree_on_attempt, process_started, rank_and_world_size
 from entropy_hooks.session import Session
-from entropy_hooks.taps import find_taps, steered_layers, takes_hooks, unwrap, unwrap_optimizer
+from entropy_hooks.taps import find_taps, steered_layers, takes_hooks, unwrap
 from entropy_hooks.target import Target
 from entropy_monitor import __version__
 from entropy_monitor.config import hooks_disabled, load_config
@@ -164,7 +164,7 @@ def prepare(
     faults = Faults()
     taps = find_taps(inner, config.hooks.layers)
     steered = steered_layers(tuple(taps), config.hooks.steer_layers)
-    target = Target(inner, model, tuple(map(unwrap_optimizer, optimizers)), taps, steered, probe)
+    target = Target(inner, model, optimizers, taps, steered, probe)
     if hooks_disabled():
         return Monitor(config.hooks, faults)
     if _processes and os.getpid() not in _processes:

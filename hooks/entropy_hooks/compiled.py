@@ -1,9 +1,11 @@
-"""Whether a module is what `torch.compile` has made, asked without a word to the module's own ``__getattr__``."""
+"""What `torch.compile` has made, and whether it is at work in this thread."""
 
 from __future__ import annotations
 
 import sys
 from typing import TYPE_CHECKING
+
+from torch import _guards
 
 if TYPE_CHECKING:
     from torch import nn
@@ -15,8 +17,8 @@ IN_PLACE = "_compiled_call_impl"
 def compiled_original(module: object) -> nn.Module | None:
     """What ``torch.compile(module)`` has wrapped.
 
-    The type alone is asked: a model may answer to any name (with None, with an entry of its configuration), and a
-    wrapper that passes every name on to a compiled module is none itself.
+    The type alone is asked, and never the module's ``__getattr__``: a model may answer to any name (with None, with an
+    entry of its configuration), and a wrapper that passes every name on to a compiled module is none itself.
 
     Args:
         module: any object.
@@ -38,3 +40,12 @@ def is_compiled_in_place(module: nn.Module) -> bool:
         True or False.
     """
     return vars(module).get(IN_PLACE) is not None
+
+
+def compiles_here() -> bool:
+    """While `torch.compiler.is_compiling`, which is true in all threads of the process: is it this one that compiles?
+
+    Returns:
+        Whether this thread compiles, or exports.
+    """
+    return _guards.CompileContext.try_get() is not None or _guards.TracingContext.try_get() is not None
