@@ -88,6 +88,13 @@ class EntropyCallback(TrainingCallback, LightningCallback):
                 planned = min(planned, trainer.max_steps // len(optimizers))
         total_steps = int(planned) if math.isfinite(planned) and planned > 0 else None
         self.begin(pl_module, optimizers[self.optimizer], start_step=start_step, total_steps=total_steps)
+        if getattr(pl_module, "_compiler_ctx", None) is not None and self.monitor is not None and self.monitor.enabled:
+            self.monitor.fault(
+                "not_observed",
+                "expected a LightningModule not compiled itself; found torch.compile(module), of which Lightning "
+                "calls the compiled training_step alone: compile the network inside instead, self.net = "
+                "torch.compile(self.net) or self.net.compile(), and have training_step call self(x)",
+            )
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
         """Add the phase to the loggers' metrics."""

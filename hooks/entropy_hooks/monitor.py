@@ -84,6 +84,10 @@ class Monitor:
         """What went wrong, in one line; empty when nothing did."""
         return self._faults.describe()
 
+    def fault(self, kind: str, detail: str) -> None:
+        """Count what somebody who attaches for others (a callback) sees go wrong; see `Faults.count`."""
+        self._faults.count(kind, detail)
+
     @property
     def phase(self) -> Phase:
         """The phase that governs the optimizer step under way."""

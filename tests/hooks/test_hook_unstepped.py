@@ -55,12 +55,13 @@ def test_a_long_accumulation_is_none(run: Path) -> None:
 
 def test_steps_that_leave_no_trace_are_told_later(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(unstepped, "TOO_MANY_PASSES", 2 * unstepped.MANY_PASSES)
-    model, _, monitor = small(run)
+    model, optimizer, monitor = small(run)
     for _ in range(3 * unstepped.MANY_PASSES):
         model.zero_grad()
         backward(model)
         for parameter in model.parameters():
             assert parameter.grad is not None
             parameter.data -= 0.01 * parameter.grad
+    assert optimizer.param_groups
     monitor.detach()
     assert monitor.stats().faults == {"no_step": 1}
