@@ -19,19 +19,22 @@ logger = logging.getLogger("entropy_hooks")
 PATIENCE_S = 60.0
 """How long a model whose optimizers are gone may stand still before its run ends: a second stage takes its time."""
 _MAX_LOOKS = 3
-"""Backward passes in which the model is looked for: each takes a walk over the graph."""
+"""Backward passes whose graph is searched for the model."""
 
 
 class Ending:
     """Asks whether anybody can train the model any more; a `backward.BackwardListener`.
 
     Where model and optimizers are gone, nothing is lost. Where the model is left, it may be for an evaluation, or for a
-    second stage with a new optimizer, which we do not see step: a backward pass through it shows which.
+    second stage with a new optimizer, which we do not see step: backward passes through it, and parameters that change
+    between them, show which.
     """
 
     def __init__(self, target: Target, faults: Faults) -> None:
         self._target, self._faults = target, faults
         self._looks = 0
+        self._versions: list[int] | None = None
+        """How often each parameter had been written to at the last backward pass, since the optimizers are gone."""
         self._trains_on = False
         self._gone_since: float | None = None
 
@@ -53,7 +56,7 @@ class Ending:
         return True
 
     def before_backward(self, roots: tuple[Any, ...], gradients: Any) -> None:
-        """Is it our model's, with its optimizers gone?"""
+        """Is it our model's, which somebody else's optimizer steps?"""
         if self._trains_on or self._looks == _MAX_LOOKS or not self._target.is_gone or not self._target.model_lives:
             return
         try:
@@ -65,8 +68,11 @@ class Ending:
         """The backward pass has ended."""
 
     def _look(self, roots: tuple[Any, ...]) -> None:
-        self._looks += 1
         parameters = [parameter for parameter in self._target.model.parameters() if parameter.requires_grad]
+        before, self._versions = self._versions, [parameter._version for parameter in parameters]
+        if before is None or before == self._versions:
+            return
+        self._looks += 1
         tensors = [root for root in roots if isinstance(root, torch.Tensor) and root.grad_fn is not None]
         if not any(depends_on(root, parameters) for root in tensors):
             return

@@ -117,8 +117,8 @@ def test_the_run_ends_when_only_the_optimizer_is_dropped_and_the_model_goes_on_w
     job.run(2)
     model = job.model
     del job
-    with torch.no_grad():
-        model(torch.zeros(1, 16, dtype=torch.long))  # evaluated, and trained no more
+    for _ in range(3):
+        model(torch.zeros(1, 16, dtype=torch.long)).sum().backward()  # asked for gradients, and trained no more
     assert ended(monitor)
     assert not monitor.stats().faults
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
