@@ -19,7 +19,7 @@ from entropy_hooks.monitor import Monitor, live_monitors
 from entropy_hooks.ranks import agree_on_attempt, rank_and_world_size
 from entropy_hooks.record import attempt_record
 from entropy_hooks.session import Session
-from entropy_hooks.taps import find_taps, steered_layers, takes_hooks, unwrap, unwrap_optimizer
+from entropy_hooks.taps import find_taps, steered_layers, takes_hooks, unwrap
 from entropy_hooks.target import Target
 from entropy_monitor.config import hooks_disabled, load_config
 from entropy_monitor.errors import ConfigError, EntropyMonitorError
@@ -212,7 +212,7 @@ def _prepare(
         return existing
     taps = find_taps(inner, config.hooks.layers)
     steered = steered_layers(tuple(taps), config.hooks.steer_layers)
-    target = Target(inner, model, tuple(map(unwrap_optimizer, optimizers)), taps, steered, probe)
+    target = Target(inner, model, optimizers, taps, steered, probe)
     if hooks_disabled():
         return Monitor(config.hooks, faults)
     if _processes and os.getpid() not in _processes:

@@ -12,6 +12,7 @@ import sys
 import weakref
 from typing import TYPE_CHECKING, Any
 
+from entropy_hooks.compiled import IN_PLACE, compiled_original, is_compiled_in_place
 from entropy_hooks.taps import wrappers
 
 if TYPE_CHECKING:
@@ -22,10 +23,6 @@ if TYPE_CHECKING:
 
     from entropy_hooks.guard import Guarded
     from entropy_hooks.target import Target
-
-
-_IN_PLACE = "_compiled_call_impl"
-"""Where ``module.compile()`` keeps what runs instead of the module's own call."""
 
 
 class Entry:
@@ -64,7 +61,7 @@ class Entry:
             self._restore = None
 
     def _place(self, called: nn.Module) -> None:
-        if getattr(called, _IN_PLACE, None) is not None:
+        if is_compiled_in_place(called):
             self._wrap_compiled_call(called)
             return
         # A wrapper that the user bypasses, or one that we were not given: whichever is called begins the pass.
@@ -75,7 +72,7 @@ class Entry:
 
     def _wrap_compiled_call(self, module: nn.Module) -> None:
         """``module.compile()`` has put the hooks of the module itself inside the compiled region: stand around it."""
-        original: Any = getattr(module, _IN_PLACE)
+        original: Any = vars(module)[IN_PLACE]
         enter, leave = self._enter.on(module), self._leave.on(module)
         owner = weakref.ref(module)
 
@@ -90,14 +87,14 @@ class Entry:
             leave(owner(), args, output)
             return output
 
-        setattr(module, _IN_PLACE, call)
+        setattr(module, IN_PLACE, call)
         self._restore = functools.partial(_unwrap_compiled_call, owner, weakref.ref(call))
 
 
 def _unwrap_compiled_call(module: Callable[[], nn.Module | None], ours: Callable[[], Any]) -> None:
     found, call = module(), ours()
-    if found is not None and call is not None and getattr(found, _IN_PLACE) is call:
-        setattr(found, _IN_PLACE, call.__wrapped__)
+    if found is not None and call is not None and vars(found).get(IN_PLACE) is call:
+        setattr(found, IN_PLACE, call.__wrapped__)
     # else the module is gone, or somebody has compiled it anew or wrapped ours
 
 
@@ -110,7 +107,7 @@ def is_compiled(called: nn.Module, model: nn.Module) -> bool:
     if "torch._dynamo" not in sys.modules:  # nothing can be compiled before it is imported
         return False
     return any(
-        getattr(module, _IN_PLACE, None) is not None or hasattr(module, "_orig_mod")
+        is_compiled_in_place(module) or compiled_original(module) is not None
         for module in (*wrappers(called), *model.modules())
     )
 
@@ -123,10 +120,6 @@ def compiled_wrapper(model: nn.Module) -> nn.Module | None:
     Returns:
         The wrapper, or None.
     """
-    dynamo = sys.modules.get("torch._dynamo.eval_frame")
-    if dynamo is None:
+    if "torch._dynamo" not in sys.modules:
         return None
-    for found in gc.get_objects():
-        if issubclass(type(found), dynamo.OptimizedModule) and getattr(found, "_orig_mod", None) is model:
-            return found
-    return None
+    return next((found for found in gc.get_objects() if compiled_original(found) is model), None)

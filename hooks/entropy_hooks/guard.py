@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from entropy_hooks import holders, unsaved, unscripted
+from entropy_hooks.compiled import compiles_here
 from entropy_hooks.placed import Placed
 
 if TYPE_CHECKING:
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
     from entropy_hooks.faults import Faults
     from entropy_hooks.meter import Meter
 
-_is_compiling = torch.compiler.is_compiling
+# Dynamo takes the first for True and looks no further; in a frame that it does not trace, it is False.
+_is_traced, _is_compiling = torch.compiler.is_dynamo_compiling, torch.compiler.is_compiling
 _transform_level: Callable[[], int | None] = getattr(torch._C._functorch, "maybe_current_level", lambda: None)  # pyright: ignore
 """None outside the transforms of `torch.func`; a private name of torch's."""
 
@@ -39,7 +41,7 @@ class Hook(Placed):
 
     def __call__(self, owner: object, *args: Any) -> None:
         """The module, or a copy of it, is called."""
-        if _is_compiling():
+        if _is_traced() or (_is_compiling() and compiles_here()):
             return
         guard = self._guard
         if (self._always or guard.active) and owner is self._owner() and guard.observes():

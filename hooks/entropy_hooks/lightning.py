@@ -7,6 +7,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from entropy_hooks.callback import TrainingCallback
+from entropy_hooks.compiled import only_compiled_part
 from entropy_monitor.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
     from lightning.pytorch import Callback as LightningCallback
     from lightning.pytorch import LightningModule, Trainer
+    from torch import nn
 
 __all__ = ["EntropyCallback"]
 
@@ -87,7 +89,25 @@ class EntropyCallback(TrainingCallback, LightningCallback):
             if trainer.max_steps > 0:
                 planned = min(planned, trainer.max_steps // len(optimizers))
         total_steps = int(planned) if math.isfinite(planned) and planned > 0 else None
-        self.begin(pl_module, optimizers[self.optimizer], start_step=start_step, total_steps=total_steps)
+        self.begin(
+            self._what_runs(pl_module), optimizers[self.optimizer], start_step=start_step, total_steps=total_steps
+        )
+        if getattr(pl_module, "_compiler_ctx", None) is not None and self.monitor is not None and self.monitor.enabled:
+            self.monitor.fault(
+                "not_observed",
+                "expected a LightningModule not compiled itself; found torch.compile(module), of which Lightning "
+                "calls the compiled training_step alone: compile the network inside instead, self.net = "
+                "torch.compile(self.net) or self.net.compile()",
+            )
+
+    def _what_runs(self, pl_module: LightningModule) -> nn.Module:
+        """A compiled network is called past the LightningModule, which only holds it.
+
+        Returns:
+            What to attach to; the LightningModule itself where the layers are named from there.
+        """
+        network = None if "layers" in self.options else only_compiled_part(pl_module)
+        return pl_module if network is None else network
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
         """Add the phase to the loggers' metrics."""

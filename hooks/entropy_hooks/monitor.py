@@ -85,6 +85,10 @@ class Monitor:
         """What went wrong, in one line; empty when nothing did."""
         return self._faults.describe()
 
+    def fault(self, kind: str, detail: str) -> None:
+        """Count what somebody who attaches for others (a callback) sees go wrong; see `Faults.count`."""
+        self._faults.count(kind, detail)
+
     @property
     def phase(self) -> Phase:
         """The phase that governs the optimizer step under way."""
@@ -186,6 +190,11 @@ class Monitor:
         finally:
             self._closing.release()
 
+    def close_if_over(self) -> None:
+        """`detach` now, and not when the pulse thread sees it, what no optimizer trains any more."""
+        if (session := self._session) is not None and session.is_over:
+            self.detach()
+
     def _begin_to_close(self) -> None:
         """The model is gone; this is the thread that `close` waits for."""
         threading.Thread(target=self.detach, name="entropy-close", daemon=True).start()
@@ -217,11 +226,13 @@ _live: weakref.WeakSet[Monitor] = weakref.WeakSet()
 
 
 def live_monitors() -> list[Monitor]:
-    """Those that observe a model of this process.
+    """Those that observe a model of this process; one whose optimizers are gone is closed at once.
 
     Returns:
         The monitors, in no particular order.
     """
+    for monitor in list(_live):
+        monitor.close_if_over()
     return [monitor for monitor in list(_live) if monitor.enabled]
 
 

@@ -60,6 +60,7 @@ class Pulse:
         self._steer, self._fields, self._is_over, self._faults = steer, fields, is_over, faults
         self._key = os.environ.get("ENTROPY_MONITOR_KEY")
         self._stop = threading.Event()
+        self._when_over: Callable[[], None] | None = None
         self._answered: set[int] | None = None
         self._next = 1
         self._superseded = self._superseded_told = False
@@ -114,7 +115,7 @@ class Pulse:
         next_beat = time.monotonic() + PERIOD_S
         while not self._stop.wait(COMMAND_PERIOD_S):
             due = time.monotonic() >= next_beat
-            if due and self._is_over():
+            if due and self._when_over is not None and self._is_over():
                 self._when_over()
                 return
             if due:  # first: commands that cannot be read must not make the trainer look dead

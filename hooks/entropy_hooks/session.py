@@ -4,30 +4,30 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
-import socket
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from entropy_hooks import backward
 from entropy_hooks.budget import Cadence
 from entropy_hooks.cost import Overhead, StepCosts, host_clocks, overhead
-from entropy_hooks.frame import FrameAssembler, ObservedPass, StepRecord
+from entropy_hooks.ending import Ending
+from entropy_hooks.frame import FrameAssembler, StepRecord
+from entropy_hooks.heartbeat import overhead_fields, process_fields
 from entropy_hooks.host import Ring
 from entropy_hooks.meter import Meter
+from entropy_hooks.observation import Observation
 from entropy_hooks.observer import Observer
-from entropy_hooks.optimizer_figures import gradient_norm, learning_rate
+from entropy_hooks.optimizer_figures import learning_rate
 from entropy_hooks.placed import remove_lost
-from entropy_hooks.probe_sampler import ProbeSampler
 from entropy_hooks.pulse import Pulse
 from entropy_hooks.ranks import rank_and_world_size
 from entropy_hooks.scalars import ScalarsBatch
 from entropy_hooks.shared_notes import share_notes
 from entropy_hooks.step_boundary import StepBoundary
 from entropy_hooks.unobserved import count_reason
-from entropy_hooks.weight_space import reduce_layers
+from entropy_hooks.unstepped import Unstepped
 from entropy_hooks.writer import Writer
 from entropy_monitor.types import PHASES
 
@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 
     from entropy_hooks.cost import Clock
     from entropy_hooks.faults import Faults
+    from entropy_hooks.frame import ObservedPass
     from entropy_hooks.host import Slot
-    from entropy_hooks.loss import LossReading
     from entropy_hooks.phase import PhaseControl
     from entropy_hooks.target import Target
     from entropy_monitor.config import MonitorOptions
@@ -75,20 +75,15 @@ class Session:
         self._assembler = FrameAssembler(options, target.layers, self._ring, faults)
         self._sampled = False
         """The step under way is sampled."""
-        self._in_optimizer = False
-        """An optimizer is stepping: a pass that runs now runs in a closure."""
-        self._observed: ObservedPass | None = None
-        self._exact: torch.Tensor | None = None
-        """This step's exact alignment, if it is audited."""
         self.writer = Writer(run.objects, self._rank, self.attempt, options.keep, self._ring, faults)
         ranks = (self.attempt, self._rank, rank_and_world_size()[1])
+        self._ending = Ending(target, faults)
         self._pulse = Pulse(
-            run, ranks, steer=options.steer, fields=self._heartbeat, is_over=lambda: target.is_gone, faults=faults
+            run, ranks, steer=options.steer, fields=self._heartbeat, is_over=self._ending.is_over, faults=faults
         )
         self._observer = Observer(target, options, faults, self.meter)
-        self._probe: ProbeSampler | None = None
-        if options.exact_alignment_every or options.observe == "probe":
-            self._probe = ProbeSampler(target, self._observer, options, faults)
+        self._observation = Observation(target, self._observer, options, faults)
+        self._unstepped = Unstepped(target, faults)
         run_guarded = self._observer.guard.run
         before, after = (functools.partial(run_guarded, act) for act in (self._before_step, self._after_step))
         with contextlib.ExitStack() as undo:  # an optimizer may refuse its hooks
@@ -98,6 +93,7 @@ class Session:
             undo.pop_all()
         self._observer.passes.on_forward = self._boundary.begin_forward
         self._observer.on_backward = self._after_backward
+        backward.listen(self._ending)
 
     def overhead(self, clock: Clock | None = None) -> Overhead:
         """What observing costs, see `cost.overhead`."""
@@ -124,6 +120,11 @@ class Session:
         """
         return self._target.is_model(model)
 
+    @property
+    def is_over(self) -> bool:
+        """Its optimizers are gone: whoever trains the model now does so with others."""
+        return self._target.is_gone
+
     def close(self, timeout_s: float) -> None:
         """Remove the hooks, write what is queued, say goodbye.
 
@@ -138,6 +139,7 @@ class Session:
 
     def remove_hooks(self) -> None:
         """Leave model, optimizer and autograd as they were."""
+        backward.unlisten(self._ending)
         self._boundary.remove()
         self._observer.remove()
 
@@ -145,77 +147,20 @@ class Session:
 
     def _before_step(self) -> None:
         """The optimizer has not changed the parameters yet."""
-        if self._sampled:
-            if self._probe is not None:
-                self._ask_probe(self._probe)
-            if self._observer.replays:
-                self._replay_training()
-            else:
-                self._observe_training()
-        self._in_optimizer = True
+        self._observation.begin_optimizer(self.step, sampled=self._sampled)
 
     def _after_backward(self) -> None:
-        """A closure's pass is run again at once: once the closure returns, the parameters are other ones."""
-        if self._in_optimizer and self._sampled and self._observer.replays:
-            self._replay_training()
-            if self._observed is not None:
-                self._observed.grad_norm = None  # the closure may go on to clip: left to the end of the step
-
-    def _ask_probe(self, probe: ProbeSampler) -> None:
-        every = self._options.exact_alignment_every
-        if every and self.step % every == 0:
-            self._exact = probe.audit()
-        if self._options.observe == "probe":
-            self._observed = probe.observe()
-            if self._observed is not None and self._observer.passes.micro_batches.count:
-                self._observed.grad_norm = gradient_norm(self._target.optimizers)
-
-    def _observe_training(self) -> None:
-        """The gradients are accumulated and unscaled.
-
-        A closure runs the passes inside the optimizer's step; then they are looked at when the step has ended.
-        """
-        capture = self._observer.observed
-        if not self._observer.sampling or capture is None or capture.sample is None or not capture.activations:
-            return
-        observed = self._observed = ObservedPass(capture)  # kept whatever part of it fails below
-        if self._options.gradients and not capture.gradients:
-            self._faults.count(
-                "no_gradients", "the observed forward pass had no backward pass (an evaluation with grad?)"
-            )
-        if self._observer.weight:
-            observed.contaminated = self._target.contaminated
-        self._complete(observed, capture.loss)
-
-    def _replay_training(self) -> None:
-        kept, self._observer.kept = self._observer.to_replay, None
-        if kept is None:
-            return  # counted where it was met, or looked for when the step has ended
-        with self._observer.guard.silenced():
-            observed = self._observer.replay.observe(kept)
-        if observed is not None:
-            self._observed = observed
-            self._complete(observed, kept.loss)
-            observed.capture.linears.clear()
-
-    def _complete(self, observed: ObservedPass, loss: LossReading | None) -> None:
-        """Add what is the same however the pass was observed."""
-        if loss is not None:
-            observed.loss, observed.gradient_scale = loss.loss, loss.scale
-        observed.grad_norm = gradient_norm(self._target.optimizers)
-        sample = observed.capture.sample
-        if self._options.gradients and self._options.weight_alignment and sample is not None:
-            batch_patches = observed.num_batch_patches or sample.num_batch_patches
-            batch_patches *= max(1, self._observer.passes.micro_batches.count)
-            observed.weight_space = reduce_layers(observed.capture, observed.contaminated, batch_patches)
+        """A backward pass of the model has ended."""
+        self._observation.after_backward(sampled=self._sampled)
+        self._unstepped.after_backward(self._observer.passes.micro_batches.count)
 
     def _after_step(self) -> None:
         """One optimizer step is done: record it, then apply what was commanded, then begin the next."""
-        self._in_optimizer = False
+        self._observation.end_optimizer()
         try:
             self._record_step()
         finally:  # whatever could not be recorded, the steps go on being counted
-            self._observed = self._exact = None
+            self._observation.forget()
             self._observer.end_step()
             was_sampled, self.step = self._sampled, self.step + 1
             self._last_step_at = time.time()
@@ -230,18 +175,13 @@ class Session:
             self._costs.step(sampled=was_sampled)
 
     def _record_step(self) -> None:
-        capture = self._observer.capture
-        # A closure runs its pass within the step: a newer one than was looked at before it.
-        newer = capture is not None and self._observed is not None and capture is not self._observed.capture
-        if not self._observer.replays and (self._observed is None or newer):
-            self._observe_training()
-        elif self._observed is not None and self._observed.grad_norm is None:
-            self._observed.grad_norm = gradient_norm(self._target.optimizers)
+        self._observation.complete()
         now = time.time()
         lr = learning_rate(self._target.optimizers[0])
         loss = self._observer.passes.loss
         self._num_tokens_seen += self._observer.num_tokens
-        grad_norm = self._observed.grad_norm if self._observed is not None else None
+        observed = self._observation.observed
+        grad_norm = observed.grad_norm if observed is not None else None
         self._scalars.add(
             {
                 "step": self.step,
@@ -266,7 +206,8 @@ class Session:
 
     def _send_frame(self, now: float, lr: float) -> None:
         self._send_scalars()  # first: the controller relies on every step up to a frame's being there
-        if self._observed is None:
+        observed = self._observation.observed
+        if observed is None:
             if self._options.observe == "probe":
                 return  # why there is no probe has been counted where it was met
             count_reason(self._observer, self._faults)
@@ -285,8 +226,8 @@ class Session:
             num_tokens_seen=self._num_tokens_seen,
             lr=lr,
         )
-        self._observed.exact_alignment = self._exact
-        self._submit_frame(self._observed, record, slot)
+        observed.exact_alignment = self._observation.exact
+        self._submit_frame(observed, record, slot)
 
     def _submit_frame(self, observed: ObservedPass, record: StepRecord, slot: Slot) -> None:
         try:
@@ -306,9 +247,7 @@ class Session:
     def _heartbeat(self) -> dict[str, Any]:
         return {
             "state": "ended" if self._ended else "running",
-            "pid": os.getpid(),
-            "host": socket.gethostname(),
-            "boot_id": _boot_id(),
+            **process_fields(),
             "attempt": self.attempt,
             "rank": self._rank,
             "step": self.step,
@@ -320,23 +259,5 @@ class Session:
             "frames_committed": self.writer.committed,
             "frames_dropped": self.writer.dropped,
             "faults": self._faults.snapshot(),
-            **self._overhead(),
+            **overhead_fields(self.overhead(), self.overhead("wall")),
         }
-
-    def _overhead(self) -> dict[str, Any]:
-        stated, real = self.overhead(), self.overhead("wall")
-        return {
-            "overhead_percent": stated.percent,
-            "overhead_error_percent": stated.error_percent,
-            "overhead_samples": stated.num_pairs,
-            "overhead_source": stated.source,
-            "overhead_wall_percent": real.percent if real.num_pairs else None,
-            "overhead_wall_error_percent": real.error_percent,
-        }
-
-
-def _boot_id() -> str | None:
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-    except OSError:
-        return None

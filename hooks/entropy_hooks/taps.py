@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
 
+from entropy_hooks.compiled import compiled_original
 from entropy_monitor.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def wrappers(model: nn.Module) -> list[nn.Module]:
     """
     chain = [model]
     while True:
-        inner = getattr(model, "_orig_mod", None)
+        inner = compiled_original(model)
         if inner is None and type(model).__name__ in {
             "DistributedDataParallel",
             "DataParallel",
@@ -43,17 +43,6 @@ def wrappers(model: nn.Module) -> list[nn.Module]:
             return chain
         model = inner
         chain.append(model)
-
-
-def unwrap_optimizer(optimizer: Optimizer) -> Optimizer:
-    """The optimizer that steps, inside Accelerate's and Lightning's wrappers: theirs call no step hooks of their own.
-
-    Returns:
-        The innermost optimizer.
-    """
-    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer) and inner is not optimizer:
-        optimizer = inner
-    return optimizer
 
 
 def find_taps(model: nn.Module, layers: Sequence[str] | None) -> dict[str, nn.Module]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import weakref
 from typing import TYPE_CHECKING
 
+from entropy_hooks.wrapped_optimizers import look_through
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
@@ -34,16 +36,23 @@ class Target:
         Args:
             model: the user's module, unwrapped.
             called: what the user's code calls: the model, or what wraps it.
-            optimizers: whose steps are one step together.
+            optimizers: whose steps are one step together, wrapped or not.
             taps: the observed layers by name, in model order.
             steered: names of those that are steered.
             probe: the user's function that runs the model on a fixed batch and returns its loss.
         """
         self._model, self._called = weakref.ref(model), weakref.ref(called)
-        self._optimizers = [weakref.ref(optimizer) for optimizer in optimizers]
+        found = look_through(optimizers)
+        self._optimizers = [weakref.ref(optimizer) for optimizer in found.inner]
+        self._wrappers = [(weakref.ref(wrapper), frozenset(map(id, inner))) for wrapper, inner in found.wrappers]
         self._taps = {name: weakref.ref(module) for name, module in taps.items()}
         self.layers = tuple(taps)
         self.steered, self.probe = steered, probe
+
+    @property
+    def model_lives(self) -> bool:
+        """Somebody still has the model, or it waits for the garbage collector."""
+        return self._model() is not None
 
     @property
     def is_gone(self) -> bool:
@@ -78,9 +87,15 @@ class Target:
 
     @property
     def optimizers(self) -> tuple[Optimizer, ...]:
-        """Those that are left."""
+        """Those that are left, without what wraps them."""
         found = (optimizer() for optimizer in self._optimizers)
         return tuple(optimizer for optimizer in found if optimizer is not None)
+
+    @property
+    def wrappers(self) -> list[tuple[Optimizer, frozenset[int]]]:
+        """Optimizers that wrap some of these and may be stepped in their place, with the ``id`` of each of these."""
+        found = ((wrapper(), inner) for wrapper, inner in self._wrappers)
+        return [(wrapper, inner) for wrapper, inner in found if wrapper is not None]
 
     @property
     def taps(self) -> dict[str, nn.Module]:

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, Dataset
 
+from entropy_hooks.compiled import compiled_original
 from entropy_hooks.contained import Contained
 from entropy_hooks.copies import copy_of_model, detached_copy
 from entropy_hooks.hidden import all_modules
@@ -86,8 +87,8 @@ def make_twin(
     contained = Contained()
     with random_state_kept(model), contained.owning():  # whatever the user's own classes do when they are copied
         for module in reversed(modules):  # innermost first
-            if hasattr(module, "_orig_mod"):  # what `torch.compile` has wrapped
-                kept[id(module)] = copy_of_model(module._orig_mod, kept)  # pyright: ignore[reportArgumentType]
+            if (original := compiled_original(module)) is not None:
+                kept[id(module)] = copy_of_model(original, kept)
         twin = copy_of_model(model, kept)
         args, kwargs = detached_copy((args, kwargs), kept)
         twins = list(all_modules(twin).values())

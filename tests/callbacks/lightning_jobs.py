@@ -65,6 +65,28 @@ class Language(Steps):
         return self.keep(self.loss(batch[0]))
 
 
+class Network(Language):
+    """Calls itself, and so a network inside."""
+
+    def build(self):
+        blocks = (nn.Linear(WIDTH, WIDTH) for _ in range(2))
+        self.net = nn.Sequential(nn.Embedding(VOCABULARY, WIDTH), *blocks, nn.Linear(WIDTH, VOCABULARY))
+        self.criterion = nn.CrossEntropyLoss()
+
+    def forward(self, ids):
+        return self.net(ids)
+
+    def training_step(self, batch, index):
+        return self.loss(batch[0])
+
+
+class PastItself(Network):
+    """Calls the network inside alone."""
+
+    def loss(self, ids):
+        return self.criterion(self.net(ids)[:, :-1].reshape(-1, VOCABULARY), ids[:, 1:].reshape(-1))
+
+
 class Autoencoder(Steps):
     """Calls its parts, never itself."""
 
@@ -159,7 +181,7 @@ def fit(
     model: Any = None,
     **options: Any,
 ) -> dict[str, Any]:
-    model = model or make_model(steps, package)
+    model = make_model(steps, package) if model is None else model  # a compiled one has no truth value
     beside = watching(package, ours, command_at=command_at, fail_at=fail_at)
     loader = DataLoader(TensorDataset(torch.stack(numbers())), batch_size=8)
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
@@ -233,6 +255,25 @@ def no_such_optimizer(folder: Path) -> dict[str, Any]:
     return {}
 
 
+def compiled(folder: Path) -> dict[str, Any]:
+    """The whole module, and as the message about it says."""
+    model = torch.compile(make_model(Network), backend="eager")
+    whole = EntropyCallback(folder / "whole", every=2)
+    fit(folder, whole, model=model)
+    remedies = {}
+    for name, steps, compile_it in (
+        ("wrapped", Network, lambda model: setattr(model, "net", torch.compile(model.net, backend="eager"))),
+        ("in place", Network, lambda model: model.net.compile(backend="eager")),
+        ("wrapped, past", PastItself, lambda model: setattr(model, "net", torch.compile(model.net, backend="eager"))),
+        ("in place, past", PastItself, lambda model: model.net.compile(backend="eager")),
+    ):
+        ours, model = EntropyCallback(folder / name, every=2), make_model(steps)
+        compile_it(model)
+        fit(folder, ours, model=model)
+        remedies[name] = {"run": found(folder / name), "faults": dict(ours.monitor.stats().faults)}
+    return {"why": whole.monitor.why_disabled, "remedies": remedies}
+
+
 JOBS = {
     "calls itself": lambda folder: compare(folder),
     "pytorch_lightning": lambda folder: compare(folder, package="pytorch_lightning"),
@@ -246,6 +287,7 @@ JOBS = {
     "steered": steered,
     "failed": failed,
     "no such optimizer": no_such_optimizer,
+    "compiled": compiled,  # last: from then on dynamo is at hand
 }
 
 if __name__ == "__main__":

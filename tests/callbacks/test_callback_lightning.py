@@ -106,6 +106,16 @@ def test_an_index_without_an_optimizer_is_refused(jobs: dict[str, Any]) -> None:
     assert not job["created"]
 
 
+def test_a_module_compiled_whole_is_told_with_a_remedy_that_helps(jobs: dict[str, Any]) -> None:
+    job = jobs["compiled"]
+    assert "found torch.compile(module)" in job["why"]
+    assert "self.net.compile()" in job["why"]
+    for remedy in job["remedies"].values():
+        assert remedy["run"]["steps"] == [0, 2, 4]
+        assert all(remedy["run"]["complete"])
+        assert remedy["faults"] == {}
+
+
 def test_two_ranks(processes: tuple[subprocess.Popen[str], ...], folder: Path) -> None:
     job = reports(processes[1])
     assert len(job) == 6

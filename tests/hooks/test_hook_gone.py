@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from entropy_hooks import attach
-from entropy_monitor.store import open_run, read_status
+from entropy_hooks import attach, ending
+from entropy_monitor.store import open_run, read_heartbeat, read_status
 
 from .training import Job, flushed, observe, tiny_gpt
 
@@ -108,17 +108,72 @@ def test_a_container_that_nobody_else_keeps_is_observed_as_long_as_it_is_trained
     monitor.detach()
 
 
-def test_the_run_ends_when_only_the_optimizer_is_dropped_and_the_model_goes_on_without_hooks(run: Path) -> None:
+def test_the_run_ends_when_only_the_optimizer_is_dropped_and_the_model_goes_on_without_hooks(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ending, "PATIENCE_S", 0.5)
     job = Job()
     monitor = observe(job, run=run, every=1)
     job.run(2)
     model = job.model
     del job
+    for _ in range(3):
+        model(torch.zeros(1, 16, dtype=torch.long)).sum().backward()  # asked for gradients, and trained no more
     assert ended(monitor)
+    assert not monitor.stats().faults
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     again = attach(model, torch.optim.SGD(model.parameters(), lr=0.1), run=run, every=1)
     assert again.stats().attempt == 2
     again.detach()
+
+
+def test_a_model_that_trains_on_with_a_new_optimizer_is_a_fault_with_its_remedy(
+    run: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    job = Job()
+    monitor = observe(job, run=run, every=1)
+    job.run(2)
+    job.optimizer = torch.optim.SGD(job.model.parameters(), lr=0.1)
+    job.run(2)
+    assert ended(monitor)
+    assert monitor.stats().faults == {"optimizer_replaced": 1}
+    assert caplog.text.count("attach(model, new_optimizer)") == 1
+    opened = open_run(run)
+    assert read_status(opened).state == "ended"
+    assert (read_heartbeat(opened.objects, "r00000") or {})["faults"] == {"optimizer_replaced": 1}
+    again = observe(job, run=run, every=1)
+    job.run(1)
+    assert flushed(again)
+    assert again.stats().frames_committed == 1
+    again.detach()
+
+
+def test_a_second_stage_is_observed_by_an_attach_of_its_own_at_once(run: Path) -> None:
+    job = Job()
+    first = observe(job, run=run, every=1)
+    job.run(2)
+    job.optimizer = torch.optim.SGD(job.model.parameters(), lr=0.1)
+    second = observe(job, run=run, every=1, start_step=2)
+    assert second is not first
+    assert not first.enabled
+    job.run(2)
+    second.detach()
+    assert [frame.step for frame in open_run(run).frames()] == [0, 1, 2, 3]
+    assert not first.stats().faults
+    assert not second.stats().faults
+
+
+def test_another_model_s_training_is_no_second_stage(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ending, "PATIENCE_S", 0.5)
+    job, other = Job(), Job()
+    monitor = observe(job, run=run, every=1)
+    job.run(2)
+    model = job.model
+    del job
+    other.run(5)
+    assert ended(monitor)
+    assert not monitor.stats().faults
+    assert next(model.parameters()).requires_grad
 
 
 def test_the_model_lives_while_its_run_does(run: Path) -> None:

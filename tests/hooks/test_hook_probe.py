@@ -256,8 +256,8 @@ def test_a_probe_lets_go_of_what_it_gathered(run: Path) -> None:
     with observe(job, run=run, every=1, observe="probe") as monitor:
         job.run(5)
         assert monitor._session is not None
-        assert monitor._session._probe is not None
-        sample = monitor._session._probe._sample
+        assert monitor._session._observation._probe is not None
+        sample = monitor._session._observation._probe._sample
         assert sample is not None
         assert not sample._selected
     assert monitor.stats().frames_committed == 5

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from entropy_hooks.compiled import compiled_original, is_compiled_in_place
 from entropy_hooks.taps import unwrap, wrappers
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def _held(module: nn.Module, parameters: Collection[int]) -> int:
 
 
 def _is_compiled(module: nn.Module) -> bool:
-    return type(module).__name__ == "OptimizedModule" or vars(module).get("_compiled_call_impl") is not None
+    return compiled_original(module) is not None or is_compiled_in_place(module)
 
 
 def _is_callable(module: nn.Module) -> bool:
