@@ -18,7 +18,7 @@ from entropy_hooks.eagerly import run_eagerly
 from entropy_hooks.guard import Guard
 from entropy_hooks.passes import Passes
 from entropy_hooks.replay import Replay
-from entropy_hooks.steering import Injector
+from entropy_hooks.steering import Steering
 from entropy_hooks.taps import first_embedding, first_tensor
 from entropy_hooks.tokens import PatchSampler, axes_of, too_short
 from entropy_hooks.weight_space import linear_sample, writes_features
@@ -44,12 +44,10 @@ class Observer:
     def __init__(self, target: Target, options: MonitorOptions, faults: Faults, meter: Meter) -> None:
         self._options, self._faults = options, faults
         self._sampler = PatchSampler(options.patches)
-        self._injectors = {name: Injector(faults.count) for name in target.steered}
+        self._steering = Steering(target.steered, options.loss_scale, faults)
         self.guard = Guard(faults, meter)
         self.sampling = False
         """This step is sampled."""
-        self.weight = 0.0
-        """Weight of the MBE in force; 0 while the phase is memorize."""
         self.capture: Capture | None = None
         """The newest observed pass of this step that had its backward pass, or is having it."""
         self.num_tokens = 0
@@ -115,10 +113,15 @@ class Observer:
             sampling: its training pass is observed.
             weight: of the MBE that is added to its loss.
         """
-        self.sampling, self.weight = sampling, weight
+        self.sampling, self._steering.weight = sampling, weight
         self.guard.transformed = False
         # A compiled model is observed by its replay; steered, it runs eagerly and its own hooks see it.
         self.guard.active = weight > 0 or (sampling and not self.passes.compiled)
+
+    @property
+    def weight(self) -> float:
+        """Weight of the MBE in force; 0 while the phase is memorize."""
+        return self._steering.weight
 
     @property
     def observed(self) -> Capture | None:
@@ -242,8 +245,7 @@ class Observer:
         if seen is not None and z.requires_grad and not (recomputed and layer in self._hooked):
             self._hooked.add(layer)
             self._hook_gradient(layer, z, seen)
-            if self.weight and layer in self._injectors:
-                self._injectors[layer].attach_to(z, axes, functools.partial(self._injection_scale, seen))
+            self._steering.steer(layer, z, axes, functools.partial(self.passes.first_loss, seen))
 
     def _sample_activation(self, layer: str, z: torch.Tensor, axes: TokenAxes) -> None:
         capture = self._capturing()
@@ -289,19 +291,3 @@ class Observer:
 
         # Who saves this activation is not warned of our hook on it.
         return unserializable_hook(functools.partial(self.guard.run, record))
-
-    # ---- steering ----------------------------------------------------------------------------------------------------
-
-    def _injection_scale(self, seen: Pass) -> torch.Tensor | float | None:
-        """``weight / steered layers``, times d(root)/d(loss); None when nothing may be added to this pass.
-
-        Returns:
-            The factor of each steered layer's MBE gradient.
-        """
-        # What is added to the loss is differentiated once, however often the loop runs backward.
-        if not self.passes.reach(seen) or seen.num_backwards > 1 or (loss := seen.loss) is None or not self.weight:
-            return None
-        if loss.ambiguous and self._options.loss_scale is None:
-            self._faults.count("loss_scale_ambiguous", "several loss terms: give attach(loss_scale=) to steer this job")
-            return None
-        return loss.scale * ((self._options.loss_scale or 1.0) * self.weight / len(self._injectors))

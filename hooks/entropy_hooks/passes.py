@@ -255,6 +255,14 @@ class Passes:
             self._consume(seen, under_way)
         return seen.number in under_way.reached
 
+    def first_loss(self, seen: Pass) -> LossReading | None:
+        """A gradient has come: whose loss is it?
+
+        Returns:
+            The loss of the pass's own first backward pass; None in any other.
+        """
+        return seen.loss if self.reach(seen) and seen.num_backwards == 1 else None
+
     def _consume(self, seen: Pass, under_way: _Backward) -> None:
         self.micro_batches.enter_backward(again=seen.consumed)
         seen.num_backwards += 1

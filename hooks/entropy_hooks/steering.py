@@ -14,11 +14,56 @@ from entropy_monitor.estimators import patch_matrix_entropy_gradient
 from entropy_monitor.types import PATCH_LENGTH
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
 
     import torch
 
+    from entropy_hooks.faults import Faults
+    from entropy_hooks.loss import LossReading
     from entropy_hooks.tokens import TokenAxes
+
+
+class Steering:
+    """Adds ``weight x MBE`` to the loss of a pass, the MBE being the mean of the steered layers'."""
+
+    def __init__(self, layers: Collection[str], loss_scale: float | None, faults: Faults) -> None:
+        """Begin.
+
+        Args:
+            layers: names of the steered ones.
+            loss_scale: d(root)/d(loss) beyond what the graph tells; None where the user has not said.
+            faults: where it is counted why a pass was not steered.
+        """
+        self._injectors = {name: Injector(faults.count) for name in layers}
+        self._loss_scale, self._faults = loss_scale, faults
+        self.weight = 0.0
+        """In force; 0 while the phase is memorize."""
+
+    def steer(self, layer: str, z: torch.Tensor, axes: TokenAxes, first_loss: Callable[[], LossReading | None]) -> None:
+        """Steer a layer in the coming backward pass, if it is one to steer.
+
+        Args:
+            layer: its name.
+            z: its output, which requires a gradient.
+            axes: where its tokens lie.
+            first_loss: tells, when the gradient comes, whose loss it is; None is not steered. What is added to the loss
+                is differentiated once, however often the loop runs backward.
+        """
+        if self.weight and layer in self._injectors:
+            self._injectors[layer].attach_to(z, axes, lambda: self._scale(first_loss()))
+
+    def _scale(self, loss: LossReading | None) -> torch.Tensor | float | None:
+        """``weight / steered layers``, times d(root)/d(loss).
+
+        Returns:
+            The factor of each layer's MBE gradient; None when nothing may be added.
+        """
+        if loss is None or not self.weight:
+            return None
+        if loss.ambiguous and self._loss_scale is None:
+            self._faults.count("loss_scale_ambiguous", "several loss terms: give attach(loss_scale=) to steer this job")
+            return None
+        return loss.scale * ((self._loss_scale or 1.0) * self.weight / len(self._injectors))
 
 
 class Injector:

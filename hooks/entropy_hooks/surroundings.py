@@ -100,7 +100,7 @@ class Surroundings:
 
     def _leads_to_model(self, value: Any, inside: Any) -> bool:
         entries = inside.values() if isinstance(inside, dict) else inside if isinstance(inside, list) else ()
-        reached = (entry() if isinstance(entry, weakref.ref) else entry for entry in (value, *entries))
+        reached = (entry() if _is(entry, weakref.ref) else entry for entry in (value, *entries))
         return any(id(entry) in self._own for entry in reached)
 
     # ---- the search --------------------------------------------------------------------------------------------------
@@ -118,19 +118,20 @@ class Surroundings:
 
     def _see_code(self, value: Any) -> None:
         """A function, or what stands around one."""
-        if isinstance(value, property):
+        if _is(value, property):
             value = value.fget
-        value = getattr(value, "__func__", value)  # of a class method, a bound one
-        if isinstance(value, types.FunctionType) and id(value) not in self._seen and _is_theirs(value.__module__):
+        if _is(value, (staticmethod, classmethod, types.MethodType)):
+            value = value.__func__
+        if _is(value, types.FunctionType) and id(value) not in self._seen and _is_theirs(value.__module__):
             self._seen.add(id(value))
             self._ahead.append(value)
 
     def _see_value(self, holder: Any, name: str, value: Any) -> None:
-        if isinstance(value, type):
+        if _is(value, type):
             self._see_class(value)
-        elif isinstance(value, types.FunctionType | types.MethodType | property | staticmethod | classmethod):
+        elif _is(value, (types.FunctionType, types.MethodType, property, staticmethod, classmethod)):
             self._see_code(value)
-        elif not isinstance(value, _CODE) and not hasattr(type(value), "__get__"):
+        elif not _is(value, _CODE) and not hasattr(type(value), "__get__"):
             self._places.setdefault((id(holder), name), _Place(holder, name))
 
     def _look_into(self, function: types.FunctionType) -> None:
@@ -139,17 +140,17 @@ class Surroundings:
             self._see_value(cell, name, _contents(cell))
         name = function.__name__
         for value in (vars(function), *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
-            if value and (type(value) in _CONTAINERS or _is_plain_object(value)):
+            if (type(value) in _CONTAINERS and value) or _attributes_of(value) is not None:
                 self._see_value({name: value}, name, value)
         names, of_globals = set(_names(function.__code__)), None
         for name in names & function.__globals__.keys():
             value = function.__globals__[name]
-            if not isinstance(value, _CODE):
+            if not _is(value, _CODE):
                 of_globals = set(_globals_of(function.__code__)) if of_globals is None else of_globals
                 if name not in of_globals:
                     continue  # an attribute of that name
             self._see_value(function.__globals__, name, value)
-            if isinstance(value, types.ModuleType) and _is_theirs(value.__name__):
+            if _is(value, types.ModuleType) and _is_theirs(value.__name__):
                 for inner in names & vars(value).keys():
                     self._see_value(vars(value), inner, vars(value)[inner])
 
@@ -188,24 +189,41 @@ def _inside(value: Any) -> Any:
     Returns:
         A shallow copy of it; None where nothing can, or it is not looked into.
     """
-    if isinstance(value, random.Random):
+    if _is(value, random.Random):
         return value.getstate()
-    if isinstance(value, np.random.Generator):
+    if _is(value, np.random.Generator):
         return pickle.dumps(value.bit_generator.state)
-    if isinstance(value, np.random.RandomState):
+    if _is(value, np.random.RandomState):
         return pickle.dumps(value.get_state())
-    if isinstance(value, np.ndarray):
+    if _is(value, np.ndarray):
         return value.copy() if value.size <= _MAX_ENTRIES else None
     if (kind := _CONTAINERS.get(type(value))) is not None:
         return kind(value) if len(value) <= _MAX_ENTRIES else None
-    return dict(vars(value)) if _is_plain_object(value) else None
+    attributes = _attributes_of(value)
+    return None if attributes is None else dict(attributes)
 
 
-def _is_plain_object(value: Any) -> bool:
-    """Whether it is of a class of theirs: of its attributes alone it is known how they are used."""
-    if isinstance(value, nn.Module | torch.Tensor) or not _is_theirs(type(value).__module__):
-        return False
-    return isinstance(getattr(value, "__dict__", None), dict)
+def _is(value: Any, kind: type | tuple[type, ...]) -> bool:
+    """As `isinstance`, which would run code of a proxy's that is asked for its class.
+
+    Returns:
+        True or False.
+    """
+    return issubclass(type(value), kind)
+
+
+def _attributes_of(value: Any) -> dict[str, Any] | None:
+    """The attributes of an object of a class of theirs: of others it is not known how they are used.
+
+    Returns:
+        Its dictionary; None for what is none of these.
+    """
+    if _is(value, (nn.Module, torch.Tensor, *_CODE)) or not _is_theirs(type(value).__module__):
+        return None
+    try:
+        return object.__getattribute__(value, "__dict__")
+    except AttributeError:
+        return None
 
 
 def _put_back(place: _Place, value: Any, inside: Any) -> bool:
@@ -223,18 +241,18 @@ def _put_back(place: _Place, value: Any, inside: Any) -> bool:
 def _put_back_inside(value: Any, before: Any) -> bool:
     if before is None or _is_same(_inside(value), before):
         return False
-    if isinstance(value, random.Random):
+    if _is(value, random.Random):
         value.setstate(before)
-    elif isinstance(value, np.random.Generator):
+    elif _is(value, np.random.Generator):
         value.bit_generator.state = pickle.loads(before)
-    elif isinstance(value, np.random.RandomState):
+    elif _is(value, np.random.RandomState):
         value.set_state(pickle.loads(before))
-    elif isinstance(value, np.ndarray):
+    elif _is(value, np.ndarray):
         value[...] = before
     else:
-        container: Any = value if type(value) in _CONTAINERS else vars(value)
+        container: Any = value if type(value) in _CONTAINERS else _attributes_of(value)
         container.clear()
-        container.extend(before) if isinstance(container, list | deque) else container.update(before)
+        container.extend(before) if _is(container, (list, deque)) else container.update(before)
     return True
 
 

@@ -80,6 +80,7 @@ def make_twin(
     """
     kept: dict[int, Any] = {id(entry): entry for name, entry in shared_parameters(model) if name not in written}
     modules = list(all_modules(model).values())
+    originals = set(map(id, modules))
     for module in modules:
         # A bound method would be copied with the object that it belongs to: a logger, a whole trainer.
         kept.update((id(hook), hook) for hook in every_hook(module))
@@ -91,7 +92,8 @@ def make_twin(
                 kept[id(module)] = copy_of_model(original, kept)
         twin = copy_of_model(model, kept)
         args, kwargs = detached_copy((args, kwargs), kept)
-        twins = list(all_modules(twin).values())
+        # A module whose `__deepcopy__` returns itself is the model's own, and is left alone.
+        twins = [each for each in all_modules(twin).values() if id(each) not in originals]
         for module in filter(takes_hooks, twins):
             vars(module)["_compiled_call_impl"] = None
             keep_torch_s_own(module)

@@ -340,6 +340,51 @@ def test_what_destroys_itself_at_its_end_is_not_copied_twice(run: Path) -> None:
     assert observed.faults == {"not_observed": 4}
 
 
+class Shared(nn.Linear):
+    """Is never copied: too large, say."""
+
+    def __deepcopy__(self, memo: Any) -> Shared:
+        return self
+
+
+def test_a_module_that_copies_as_itself_is_left_alone(run: Path) -> None:
+    calls: list[int] = []
+
+    def make() -> nn.Module:
+        model = Net()
+        model.head = Shared(WIDTH, VOCABULARY)
+        model.head.register_forward_hook(lambda *_: calls.append(1))
+        return model
+
+    plain, observed = train(make, each_block, None), train(make, each_block, run)
+    assert_alike(observed, plain)
+    assert len(calls) == 8
+    assert len(observed.model.head._forward_hooks) == 1  # type: ignore[union-attr,arg-type]
+    assert observed.faults == {"not_observed": 4}
+
+
+class Proxy:
+    """Is asked for nothing but its type."""
+
+    def __getattribute__(self, name: str) -> Any:
+        raise AssertionError(name)
+
+
+PROXY = Proxy()
+
+
+class NamesAProxy(Net):
+    def forward(self, ids: torch.Tensor, default: Any = PROXY) -> torch.Tensor:
+        assert PROXY is default
+        return self.head(self.hidden(ids))
+
+
+def test_what_runs_code_when_it_is_looked_at_is_not_looked_at(run: Path) -> None:
+    plain, observed = train(NamesAProxy, each_block, None), train(NamesAProxy, each_block, run)
+    assert_alike(observed, plain)
+    assert observed.faults == {}
+
+
 class Viewing(Net):
     """Writes through one attribute, and reads through another."""
 
