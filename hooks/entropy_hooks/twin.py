@@ -102,7 +102,7 @@ def make_twin(
     _refuse_ends(copies)
     contained.own(*(copy for copy in copies if isinstance(copy, torch.Tensor)))
     made = Twin(twin, {name: kept[id(tap)] for name, tap in taps.items()}, args, kwargs, contained)
-    weakref.finalize(made, _empty, twins).atexit = False
+    weakref.finalize(made, _empty, [each for each in twins if takes_hooks(each)]).atexit = False
     return made
 
 
@@ -116,3 +116,4 @@ def _refuse_ends(copies: Iterable[Any]) -> None:
 def _empty(modules: list[nn.Module]) -> None:
     for module in modules:
         vars(module).clear()
+        nn.Module.__init__(module)  # whoever meets it finds a module

@@ -468,6 +468,9 @@ def test_a_twin_that_something_keeps_is_empty(run: Path) -> None:
     observed = train(Cached, each_block, run)
     assert observed.faults == {}
     assert len(Held.alive) == 1, "that of the model"
+    kept = [found for found in gc.get_objects() if type(found) is Cached and found is not observed.model]
+    assert kept, "the cache keeps them"
+    assert all(len(list(each.modules())) == 1 for each in kept), "and whoever searches the process finds modules"
 
 
 # ---- hooks of torch's own --------------------------------------------------------------------------------------------
