@@ -105,7 +105,7 @@ class Contained(TorchDispatchMode):
         if effects.special and self._refuses:
             self._check(func, effects, args, kwargs)
         output = func(*args, **kwargs)
-        if effects.fresh:
+        if effects.fresh and (not effects.is_lift or output.untyped_storage().resizable()):
             if isinstance(output, torch.Tensor):  # as nearly always; thousands of operations come by here
                 self._own.add(output.untyped_storage()._cdata)  # pyright: ignore[reportPrivateUsage]
             else:
@@ -144,6 +144,8 @@ class _Effects:
     """It writes, draws random numbers or is collective."""
     fresh: bool
     """All that it returns is new."""
+    is_lift: bool = False
+    """It is what `torch.tensor` and `torch.from_numpy` end with; the memory of an array cannot be resized."""
 
     def written(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[torch.Tensor]:
         for position, name in self.writes:
@@ -174,6 +176,7 @@ def _effects(operation: Any) -> _Effects:
         writes=tuple(writes),
         special=collective or draws or bool(writes),
         fresh=bool(schema.returns) and (fresh or schema.name == _FROM_PYTHON),
+        is_lift=schema.name == _FROM_PYTHON,
     )
 
 

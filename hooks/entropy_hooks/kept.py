@@ -12,6 +12,7 @@ from entropy_hooks.entries import Entries
 if TYPE_CHECKING:
     from entropy_hooks.loss import LossReading
     from entropy_hooks.part import Part
+    from entropy_hooks.surroundings import Look
     from entropy_hooks.twin import Twin
     from entropy_hooks.undisturbed import AutocastState
     from entropy_hooks.writes import Writes
@@ -50,6 +51,8 @@ class Kept:
 
     twin: Twin
     writes: Writes
+    look: Look
+    """At what lies outside the model, before the pass."""
     autocast: AutocastState
     left: dict[str, torch.Tensor]
     """What lay in attributes before the pass."""
@@ -60,6 +63,8 @@ class Kept:
     """For the whole batch, until it is known that a part can be run."""
     comparable: bool = True
     """The outputs that were told are of what is run again."""
+    fits: bool = True
+    """Nothing has been found against running it again."""
     loss: LossReading | None = None
     """Of its backward pass."""
 

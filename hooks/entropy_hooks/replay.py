@@ -7,6 +7,7 @@ model's output is given to the twin's, so that the layers' gradients are those o
 
 from __future__ import annotations
 
+import contextlib
 import time
 import weakref
 from dataclasses import replace
@@ -31,7 +32,7 @@ from entropy_hooks.user_hooks import user_hooked
 from entropy_hooks.writes import Writes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Generator
 
     from torch import nn
 
@@ -72,6 +73,12 @@ class Replay:
         model = self._target.model
         if not self._fitness.allows(model):
             return None
+        if self._surroundings is None:
+            self._surroundings = Surroundings(model)
+        look = self._surroundings.look()
+        if (name := self._surroundings.way_to_model(look)) is not None:
+            self._fitness.give_up(f"a compiled model that keeps itself nowhere else; found it in {name!r} (a global?)")
+            return None
         writes = Writes(model, thorough=self._fitness.thorough)
         try:
             twin = self._make_twin(model, self._target.taps, args, kwargs)
@@ -83,7 +90,7 @@ class Replay:
             return None
         tensors, _ = tensors_in((args, kwargs))
         device = next((tensor.device for tensor in (*tensors, *model.parameters())), torch.device("cpu"))
-        kept = Kept(twin, writes, AutocastState.now(device.type), left_in(model))
+        kept = Kept(twin, writes, look, AutocastState.now(device.type), left_in(model))
         if (where := user_hooked(model)) is not None:
             kept.told.unclear = _USER_HOOKED.format(where)
         return kept
@@ -109,6 +116,10 @@ class Replay:
             output: what it returned.
             accept: tells, when a gradient comes, whether it is that of this pass's own backward pass.
         """
+        if (name := self._changed(kept)) is not None:
+            self._fitness.give_up(f"a compiled model that changes nothing outside; found {name!r} changed (a global?)")
+            kept.fits = False
+            return
         kept.writes.look_again(self._target.model)
         leaves, _ = tensors_in(output)
         left = left_in(self._target.model)
@@ -156,6 +167,8 @@ class Replay:
             The pass, or None where it cannot be observed.
         """
         fitness = self._fitness
+        if not kept.fits:
+            return None  # it has been told why
         if not any(entries is not None for entries in kept.told.outputs):
             fitness.tell("a compiled model that returns a tensor with a gradient; found none in its output")
             return None
@@ -187,11 +200,9 @@ class Replay:
 
     def _again(self, kept: Kept) -> ObservedPass | None:
         twin, rerun = kept.twin, Rerun(kept, self._sampler, self._faults)
-        if self._surroundings is None:
-            self._surroundings = Surroundings(self._target.model)
         with (
             untouched(self._target.model),
-            self._surroundings.kept(),
+            self._unchanged(),
             as_in_training(twin.model, kept.autocast),
             twin.contained,
         ):
@@ -206,6 +217,18 @@ class Replay:
             if self._options.gradients:
                 rerun.backward()
         return self._observed(kept, rerun.capture, agrees)
+
+    @contextlib.contextmanager
+    def _unchanged(self) -> Generator[None]:
+        """Around a replay: does it change what the training's own pass has not?"""
+        assert self._surroundings is not None
+        look = self._surroundings.look()
+        yield
+        if (name := self._surroundings.changed_since(look)) is not None:
+            raise ReachedOutError(f"changes {name!r}, which lies outside it (or another thread has)")
+
+    def _changed(self, kept: Kept) -> str | None:
+        return None if self._surroundings is None else self._surroundings.changed_since(kept.look)
 
     def _observed(self, kept: Kept, capture: Capture, agrees: torch.Tensor) -> ObservedPass:
         sample = capture.sample

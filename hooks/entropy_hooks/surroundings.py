@@ -1,11 +1,11 @@
 """What the code of a model keeps outside the model: globals, class attributes and closures that its functions name.
 
-A twin runs the same code, which would count, append and cache there a second time. What is found changed is put back.
+A twin runs the same code, which would count, append and cache there a second time. Whether it does so shows in the
+training's own pass. Nothing is put back: another thread may have changed it.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dis
 import pickle
 import random
@@ -20,11 +20,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from entropy_hooks.contained import ReachedOutError
 from entropy_hooks.hidden import all_modules
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterator
+    from collections.abc import Callable, Iterator
+    from typing import TypeAlias
+
+    Look: TypeAlias = list[tuple["_Place", Any, Any]]
+    """Each place, what it held, and what that held."""
 
 _NOT_THEIRS = sys.stdlib_module_names | {"torch", "numpy", "triton", "entropy_hooks", "entropy_monitor"}
 """Packages whose functions are not looked into."""
@@ -54,49 +57,55 @@ class _Place:
         names = vars(self.holder) if isinstance(self.holder, type) else self.holder
         return names.get(self.name, _MISSING)
 
-    def put(self, value: Any) -> None:
-        if isinstance(self.holder, types.CellType):
-            self.holder.cell_contents = value
-        elif isinstance(self.holder, type):
-            delattr(self.holder, self.name) if value is _MISSING else setattr(self.holder, self.name, value)
-        elif value is _MISSING:
-            del self.holder[self.name]
-        else:
-            self.holder[self.name] = value
-
 
 class Surroundings:
-    """Found once for a model; `kept` guards them while a twin of it runs."""
+    """The places that are found once for a model."""
 
     def __init__(self, model: nn.Module) -> None:
         self._own = frozenset(map(id, all_modules(model).values()))
         self._places: dict[tuple[int, str], _Place] = {}
         self._seen: set[int] = set()
+        self._rebound: set[int] = set()
         self._ahead: deque[types.FunctionType] = deque()
         for module in all_modules(model).values():
             self._see_class(type(module))
             for value in vars(module).values():
-                self._see_code(value)
+                self._see_code(value, rebound=True)
         while self._ahead and len(self._seen) < _MAX_FUNCTIONS:
             self._look_into(self._ahead.popleft())
 
-    @contextlib.contextmanager
-    def kept(self) -> Generator[None]:
-        """Within, a twin runs; at the end all is as it was.
+    def look(self) -> Look:
+        """See what is there now.
 
-        Raises:
-            ReachedOutError: something had been changed; or, with nothing done, the model itself is found there.
+        Returns:
+            What to compare with later.
         """
-        before = [(place, value, _inside(value)) for place in self._places.values() for value in (place.get(),)]
-        for place, value, inside in before:
-            if self._leads_to_model(value, inside):
-                raise ReachedOutError(f"finds itself in {place.name!r}, which lies outside it (a global?)")
-        try:
-            yield
-        finally:
-            changed = [place.name for place, value, inside in before if _put_back(place, value, inside)]
-        if changed:
-            raise ReachedOutError(f"changes {changed[0]!r}, which lies outside it (a global, a class attribute)")
+        return [(place, value, _inside(value)) for place in self._places.values() for value in (place.get(),)]
+
+    def changed_since(self, look: Look) -> str | None:
+        """Compare.
+
+        Args:
+            look: of before.
+
+        Returns:
+            The name of something that has changed since, or None.
+        """
+        for place, value, inside in look:
+            if not _is_equal(place.get(), value) or (inside is not None and not _is_same(_inside(value), inside)):
+                return place.name
+        return None
+
+    def way_to_model(self, look: Look) -> str | None:
+        """Look for the model itself: a registry that its forward asks.
+
+        Args:
+            look: of now.
+
+        Returns:
+            The name of what leads to it, or None.
+        """
+        return next((place.name for place, value, inside in look if self._leads_to_model(value, inside)), None)
 
     def _leads_to_model(self, value: Any, inside: Any) -> bool:
         entries = inside.values() if isinstance(inside, dict) else inside if isinstance(inside, list) else ()
@@ -116,8 +125,8 @@ class Surroundings:
                 continue
             self._see_value(kind, name, value)
 
-    def _see_code(self, value: Any) -> None:
-        """A function, or what stands around one."""
+    def _see_code(self, value: Any, *, rebound: bool = False) -> None:
+        """A function, or what stands around one; the twin has a copy of what a rebound one closes over."""
         if _is(value, property):
             value = value.fget
         if _is(value, (staticmethod, classmethod, types.MethodType)):
@@ -125,6 +134,8 @@ class Surroundings:
         if _is(value, types.FunctionType) and id(value) not in self._seen and _is_theirs(value.__module__):
             self._seen.add(id(value))
             self._ahead.append(value)
+            if rebound:
+                self._rebound.add(id(value))
 
     def _see_value(self, holder: Any, name: str, value: Any) -> None:
         if _is(value, type):
@@ -137,10 +148,14 @@ class Surroundings:
     def _look_into(self, function: types.FunctionType) -> None:
         self._see_code(getattr(function, "__wrapped__", None))
         for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
-            self._see_value(cell, name, _contents(cell))
+            if id(function) in self._rebound:
+                self._see_code(_contents(cell), rebound=True)
+            else:
+                self._see_value(cell, name, _contents(cell))
         name = function.__name__
-        for value in (vars(function), *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
-            if (type(value) in _CONTAINERS and value) or _attributes_of(value) is not None:
+        defaults = *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()
+        for value in (*defaults, *((vars(function),) if vars(function) else ())):
+            if type(value) in _CONTAINERS or _attributes_of(value) is not None:
                 self._see_value({name: value}, name, value)
         names, of_globals = set(_names(function.__code__)), None
         for name in names & function.__globals__.keys():
@@ -224,36 +239,6 @@ def _attributes_of(value: Any) -> dict[str, Any] | None:
         return object.__getattribute__(value, "__dict__")
     except AttributeError:
         return None
-
-
-def _put_back(place: _Place, value: Any, inside: Any) -> bool:
-    """Compare, and restore what has changed.
-
-    Returns:
-        Whether something had.
-    """
-    rebound = not _is_equal(place.get(), value)
-    if rebound:
-        place.put(value)
-    return _put_back_inside(value, inside) or rebound
-
-
-def _put_back_inside(value: Any, before: Any) -> bool:
-    if before is None or _is_same(_inside(value), before):
-        return False
-    if _is(value, random.Random):
-        value.setstate(before)
-    elif _is(value, np.random.Generator):
-        value.bit_generator.state = pickle.loads(before)
-    elif _is(value, np.random.RandomState):
-        value.set_state(pickle.loads(before))
-    elif _is(value, np.ndarray):
-        value[...] = before
-    else:
-        container: Any = value if type(value) in _CONTAINERS else _attributes_of(value)
-        container.clear()
-        container.extend(before) if _is(container, (list, deque)) else container.update(before)
-    return True
 
 
 def _is_same(now: Any, before: Any) -> bool:

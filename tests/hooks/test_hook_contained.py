@@ -16,9 +16,10 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from entropy_hooks import attach
 from entropy_hooks.contained import Contained, ReachedOutError
 
-from .compiled import VOCABULARY, WIDTH, Net, assert_alike, assert_finite, each_block, train
+from .compiled import BATCH, TOKENS, VOCABULARY, WIDTH, Net, assert_alike, assert_finite, each_block, train
 from .scripts import finish, free_port, start
 from .training import frames
 
@@ -78,7 +79,6 @@ def test_a_parameter_s_data_is_outside_too() -> None:
         lambda: torch.zeros(3).add_(1),
         lambda: torch.tensor([1.0]).add_(1),
         lambda: torch.as_tensor([1.0]).add_(1),
-        lambda: torch.from_numpy(np.zeros(3)).add_(1),
         lambda: torch.ones(4).reshape(2, 2).t().add_(1),
         lambda: torch.ones(3).to(torch.float64).add_(1),
         lambda: F.dropout(LAYER(torch.ones(2, 4)), inplace=True),
@@ -196,6 +196,14 @@ class InGenerator(Outside):
         return torch.rand(1, generator=SCRIPT_GENERATOR) + float(NUMPY.random())
 
 
+ARRAY = np.zeros(WIDTH, dtype=np.float32)
+
+
+class InArray(Outside):
+    def scale(self, z: torch.Tensor) -> Any:
+        return torch.from_numpy(ARRAY).add_(1)
+
+
 class Statistics:
     def __init__(self) -> None:
         self.calls = 0
@@ -212,6 +220,7 @@ class InGlobalObject(Outside):
 
 def fresh_outside() -> None:
     global COUNT
+    ARRAY.fill(0)
     COUNT = InClass.calls = STATISTICS.calls = counted.calls = 0  # type: ignore[attr-defined]
     LOSSES.clear()
     MEMORY["calls"] = 0
@@ -223,14 +232,14 @@ def fresh_outside() -> None:
 
 def outside() -> list[Any]:
     numbers = [COUNT, len(LOSSES), MEMORY["calls"], InClass.calls, counted.calls, STATISTICS.calls]  # type: ignore[attr-defined]
-    return [*numbers, BANK.tolist(), SCRIPT_GENERATOR.get_state().tolist(), NUMPY.bit_generator.state]
+    return [*numbers, BANK.tolist(), ARRAY.tolist(), SCRIPT_GENERATOR.get_state().tolist(), NUMPY.bit_generator.state]
 
 
 @pytest.mark.parametrize(
     "make",
     [
         InGlobalNumber, InGlobalList, InGlobalDict, InGlobalTensor, InClass, InDefault, InFunction, InGenerator,
-        InGlobalObject,
+        InGlobalObject, InArray,
     ],
 )  # fmt: skip
 def test_what_lies_outside_is_as_without_us(run: Path, make: Callable[[], nn.Module]) -> None:
@@ -559,3 +568,35 @@ def test_no_collective_is_issued_twice(run: Path, which: str) -> None:
     for rank, report in enumerate(found):
         assert report["observed"] == report["plain"]
         assert report["faults"] == ({"not_observed": 5} if which == "both" or rank == 0 else {})
+
+
+def test_what_another_thread_puts_into_a_global_stays_there(run: Path) -> None:
+    torch.manual_seed(0)
+    model = TakesFromAQueue()
+    called = each_block(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    produced, over = [0], threading.Event()
+
+    def produce() -> None:
+        while not over.wait(0.001):
+            QUEUE.append(torch.ones(()))
+            produced[0] += 1
+
+    thread = threading.Thread(target=produce)
+    with attach(called, optimizer, run=run, every=1):
+        thread.start()
+        for _ in range(20):
+            called(torch.randint(0, VOCABULARY, (BATCH, TOKENS))).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        over.set()
+        thread.join()
+    assert len(QUEUE) == produced[0]
+
+
+QUEUE: list[torch.Tensor] = []
+
+
+class TakesFromAQueue(Net):
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.head(self.hidden(ids)) * (1 + 0.001 * len(QUEUE))
