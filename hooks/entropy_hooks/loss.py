@@ -80,7 +80,10 @@ def _constant_factor(root: torch.Tensor) -> tuple[torch.Tensor | float, bool]:
             return factor, name in {"AddBackward0", "SubBackward0"}
         parent: Any = branches[0][0]
         if name == "MulBackward0":
-            factor = factor * _constant(node, "_saved_other", "_saved_self")
+            constant = _constant(node, "_saved_other", "_saved_self")
+            if parent.name() == "SumBackward0" and isinstance(constant, float) and constant < 1:
+                break  # a mean again, by 1 / number; a scaler multiplies by more
+            factor = factor * constant
         elif name == "DivBackward0":
             if _parents(node)[0][0] is None or parent.name() == "SumBackward0":
                 break  # constant / loss is no scaling; sum / constant is the loss itself
@@ -105,10 +108,15 @@ def _is_summed_cross_entropy(node: Any) -> bool:
 
 
 def _constant(node: Any, *names: str) -> torch.Tensor | float:
+    """Read a factor off a node.
+
+    Returns:
+        Its size: a sign is no scale, ``-1 * log_likelihood`` is the loss itself.
+    """
     for name in names:
         saved = getattr(node, name, None)
         if isinstance(saved, torch.Tensor):
-            return saved.detach().reshape(()) if saved.device.type != "cpu" else float(saved)
+            return saved.detach().reshape(()).abs() if saved.device.type != "cpu" else abs(float(saved))
         if isinstance(saved, int | float):
-            return float(saved)
+            return abs(float(saved))
     return 1.0

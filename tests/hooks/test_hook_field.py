@@ -19,7 +19,7 @@ from entropy_hooks import attach
 from entropy_monitor.store import open_run
 
 from .scripts import finish, free_port, start
-from .training import VOCABULARY, Job, flushed, frames, tiny_gpt
+from .training import VOCABULARY, Job, flushed, frames, observe, tiny_gpt
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -307,3 +307,21 @@ def test_fully_sharded_ranks(run: Path) -> None:
         assert frame.alignment is not None
         assert (frame.alignment.info[:, 3] == 3).all(), "each rank holds a shard of the weight's gradient"
         assert np.isnan(frame.scalars["grad_norm"]), "adding up the shards' norms would take a collective"
+
+
+def test_the_gradient_norm_of_a_fused_optimizer_is_the_unscaled_one(run: Path) -> None:
+    """GradScaler leaves it to such an optimizer to unscale the gradients, in its step."""
+    job = Job(lambda: tiny_gpt(dropout=0.0))
+    job.optimizer = torch.optim.AdamW(job.model.parameters(), lr=1e-3, fused=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=65536.0)
+    true: list[float] = []
+    with observe(job, run=run, every=1) as monitor:
+        for _ in range(3):
+            job.optimizer.zero_grad()
+            scaler.scale(job.forward_loss()).backward()
+            gradients = [parameter.grad for parameter in job.model.parameters() if parameter.grad is not None]
+            true.append(float(torch.nn.utils.get_total_norm(gradients)) / 65536.0)
+            scaler.step(job.optimizer)
+            scaler.update()
+            assert flushed(monitor)
+    assert [frame.scalars["grad_norm"] for frame in frames(run)] == pytest.approx(true, rel=1e-5)

@@ -39,8 +39,20 @@ def masked(logits: torch.Tensor) -> torch.Tensor:
         (lambda logits: two_dimensional(logits) / 40, KEPT / 40),
         (masked, 1),
         (lambda logits: masked(logits) / 4, 0.25),
+        (lambda logits: -1 * (-F.cross_entropy(logits, TARGETS)), 1),
+        (lambda logits: -F.cross_entropy(logits, TARGETS) / -4, 0.25),
+        (lambda logits: (F.cross_entropy(logits, TARGETS, reduction="none") * MASK).sum() * (1 / KEPT) * 64, 64),
     ],
-    ids=["scaled mean", "sum over targets of all", "the same of two dimensions", "masked mean", "scaled masked mean"],
+    ids=[
+        "scaled mean",
+        "sum over targets of all",
+        "the same of two dimensions",
+        "masked mean",
+        "scaled masked mean",
+        "an objective that is maximised",
+        "and scaled",
+        "a sum that is multiplied by one over their number",
+    ],
 )
 def test_the_mean_and_its_scale(root: Callable[[torch.Tensor], torch.Tensor], scale: float) -> None:
     logits = torch.randn(8, 5, generator=torch.Generator().manual_seed(0), requires_grad=True)
