@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from entropy_hooks.hidden import OWN_ATTRIBUTES
 from entropy_hooks.structures import tensors_in
-from entropy_hooks.user_hooks import is_torch_s_own
+from entropy_hooks.user_hooks import is_computing
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -33,7 +33,7 @@ def left_in(model: nn.Module) -> dict[str, torch.Tensor]:
     seen: set[int] = set()
     for path, module in model.named_modules():
         # A weight that torch's own hook computes is no result.
-        if any(map(is_torch_s_own, module._forward_pre_hooks.values())):  # pyright: ignore[reportPrivateUsage]
+        if any(map(is_computing, module._forward_pre_hooks.values())):  # pyright: ignore[reportPrivateUsage]
             continue
         for name, value in vars(module).items():
             if name in OWN_ATTRIBUTES or isinstance(value, _PLAIN) or id(value) in seen:

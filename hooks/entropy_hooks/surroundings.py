@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 _NOT_THEIRS = sys.stdlib_module_names | {"torch", "numpy", "triton", "entropy_hooks", "entropy_monitor"}
 """Packages whose functions are not looked into."""
 _CODE = (types.FunctionType, types.BuiltinFunctionType, types.ModuleType, type)
+_CALLED_BY_TORCH = ("forward", "__call__", "__init__", "__getattr__")
+"""Methods that no code of theirs needs to name."""
 _MAX_FUNCTIONS = 3000
 _MAX_ENTRIES = 10_000
 """Of a container that is looked into: a data set is no counter."""
@@ -67,12 +69,14 @@ class Surroundings:
         self._seen: set[int] = set()
         self._rebound: set[int] = set()
         self._ahead: deque[types.FunctionType] = deque()
+        self._classes: dict[int, type] = {}
+        self._named = set(_CALLED_BY_TORCH)
+        """By the code that was looked into: of a class, its methods of these names may run."""
         for module in all_modules(model).values():
             self._see_class(type(module))
             for value in vars(module).values():
                 self._see_code(value, rebound=True)
-        while self._ahead and len(self._seen) < _MAX_FUNCTIONS:
-            self._look_into(self._ahead.popleft())
+        self._search()
 
     def look(self) -> Look:
         """See what is there now.
@@ -114,16 +118,21 @@ class Surroundings:
 
     # ---- the search --------------------------------------------------------------------------------------------------
 
+    def _search(self) -> None:
+        looked = -1
+        while looked != (looked := len(self._seen)) and looked < _MAX_FUNCTIONS:
+            for kind in list(self._classes.values()):
+                made_before = {"__init__"} if issubclass(kind, nn.Module) else set[str]()
+                for name in (self._named & vars(kind).keys()) - made_before:
+                    self._see_value(kind, name, vars(kind)[name])
+            while self._ahead:
+                self._look_into(self._ahead.popleft())
+
     def _see_class(self, kind: type) -> None:
-        if id(kind) in self._seen or not _is_theirs(kind.__module__):
-            return
-        self._seen.add(id(kind))
-        for parent in kind.__bases__:
-            self._see_class(parent)
-        for name, value in list(vars(kind).items()):
-            if name.startswith("__"):
-                continue
-            self._see_value(kind, name, value)
+        if id(kind) not in self._classes and _is_theirs(kind.__module__):
+            self._classes[id(kind)] = kind
+            for parent in kind.__bases__:
+                self._see_class(parent)
 
     def _see_code(self, value: Any, *, rebound: bool = False) -> None:
         """A function, or what stands around one; the twin has a copy of what a rebound one closes over."""
@@ -158,6 +167,7 @@ class Surroundings:
             if type(value) in _CONTAINERS or _attributes_of(value) is not None:
                 self._see_value({name: value}, name, value)
         names, of_globals = set(_names(function.__code__)), None
+        self._named |= names
         for name in names & function.__globals__.keys():
             value = function.__globals__[name]
             if not _is(value, _CODE):

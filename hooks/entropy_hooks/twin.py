@@ -25,7 +25,7 @@ from entropy_hooks.hidden import all_modules
 from entropy_hooks.rebound import rebind
 from entropy_hooks.taps import takes_hooks
 from entropy_hooks.undisturbed import random_state_kept
-from entropy_hooks.user_hooks import every_hook, keep_torch_s_own
+from entropy_hooks.user_hooks import every_hook, keep_computing
 from entropy_hooks.writes import shared_parameters
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def make_twin(
         twins = [each for each in all_modules(twin).values() if id(each) not in originals]
         for module in filter(takes_hooks, twins):
             vars(module)["_compiled_call_impl"] = None
-            keep_torch_s_own(module)
+            keep_computing(module)
         rebind(twins, kept)
     copies = [copy for original, copy in kept.items() if id(copy) != original]
     _refuse_ends(copies)

@@ -1,4 +1,4 @@
-"""Hooks that others have put on a model's modules: the user's own, and those by which torch computes something."""
+"""Hooks that others have put on a model's modules: the user's own, and those that are a part of what it computes."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ _KINDS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backw
 _TORCH_S_OWN = ("torch.nn.utils.", "torch.ao.")
 """Where torch's own hooks are defined that belong to what a module computes: weight norm, spectral norm, pruning; the
 observers of quantization."""
+_REQUIRES_GRADIENTS = "make_inputs_require_grads"
+"""What transformers and PEFT put on an embedding for checkpointing, so that frozen layers are differentiated through."""
 
 
 def hooks_everywhere() -> bool:
@@ -45,11 +47,11 @@ def every_hook(module: nn.Module) -> Iterator[Any]:
             yield from value.values()
 
 
-def keep_torch_s_own(module: nn.Module) -> None:
-    """Take all others out of a copy of a module."""
+def keep_computing(module: nn.Module) -> None:
+    """Take all others out of a copy of a module than those that belong to what it computes."""
     for name in _KINDS:
         hooks = vars(module)[name]
-        vars(module)[name] = OrderedDict((key, hook) for key, hook in hooks.items() if is_torch_s_own(hook))
+        vars(module)[name] = OrderedDict((key, hook) for key, hook in hooks.items() if is_computing(hook))
 
 
 def user_hooked(model: nn.Module) -> str | None:
@@ -64,15 +66,16 @@ def user_hooked(model: nn.Module) -> str | None:
     for path, module in all_modules(model).items():
         if takes_hooks(module):
             hooks = [hook for name in _KINDS for hook in vars(module)[name].values()]
-            if not all(isinstance(hook, Placed) or is_torch_s_own(hook) for hook in hooks):
+            if not all(isinstance(hook, Placed) or is_computing(hook) for hook in hooks):
                 return path or type(module).__name__
     return None
 
 
-def is_torch_s_own(hook: Any) -> bool:
-    """Whether a hook is torch's own and belongs to what the module computes.
+def is_computing(hook: Any) -> bool:
+    """Whether a hook belongs to what the module computes, and keeps nothing.
 
     Returns:
         True or False.
     """
-    return str(getattr(hook, "__module__", "")).startswith(_TORCH_S_OWN)
+    from_torch = str(getattr(hook, "__module__", "")).startswith(_TORCH_S_OWN)
+    return from_torch or getattr(hook, "__name__", "") == _REQUIRES_GRADIENTS

@@ -503,6 +503,23 @@ def test_quantization_s_own_hooks_are_run_in_the_twin(run: Path) -> None:
     assert_finite(frames(run), 4)
 
 
+def test_what_transformers_puts_on_an_embedding_for_checkpointing_is_no_user_s_hook(run: Path) -> None:
+    def make() -> nn.Module:
+        model = Net()
+
+        def make_inputs_require_grads(module: nn.Module, args: Any, output: torch.Tensor) -> None:
+            output.requires_grad_(True)
+
+        model.embedding.weight.requires_grad_(False)
+        model.embedding.register_forward_hook(make_inputs_require_grads)
+        return model
+
+    plain, observed = train(make, each_block, None), train(make, each_block, run)
+    assert_alike(observed, plain)
+    assert observed.faults == {}
+    assert_finite(frames(run), 4)
+
+
 # ---- ranks -----------------------------------------------------------------------------------------------------------
 
 RANKS = """
