@@ -21,7 +21,7 @@ _TORCH_S_OWN = ("torch.nn.utils.", "torch.ao.")
 """Where torch's own hooks are defined that belong to what a module computes: weight norm, spectral norm, pruning; the
 observers of quantization."""
 _REQUIRES_GRADIENTS = "make_inputs_require_grads"
-"""What transformers and PEFT put on an embedding for checkpointing, so that frozen layers are differentiated through."""
+"""What transformers and PEFT put on an embedding, so that checkpointing differentiates through frozen layers."""
 
 
 def hooks_everywhere() -> bool:
