@@ -120,6 +120,7 @@ class Replay:
             self._fitness.give_up(f"a compiled model that changes nothing outside; found {name!r} changed (a global?)")
             kept.fits = False
             return
+        kept.look = []  # what it holds must not outlive the pass
         kept.writes.look_again(self._target.model)
         leaves, _ = tensors_in(output)
         left = left_in(self._target.model)
