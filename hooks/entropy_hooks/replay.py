@@ -45,6 +45,8 @@ if TYPE_CHECKING:
 
 _USER_HOOKED = "expected a compiled model without hooks of the user's, which may change gradients; found one on {}"
 _SLOW_S = 0.25
+_SLOW_COPIES = 3
+"""In a row."""
 
 
 class Replay:
@@ -63,6 +65,7 @@ class Replay:
         self._fitness = Fitness(faults)
         self._parts = Parts(sampler, options.token_dim)
         self._surroundings: Surroundings | None = None
+        self._num_slow = 0
 
     def keep_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Kept | None:
         """The model is about to run on these.
@@ -100,7 +103,9 @@ class Replay:
     ) -> Twin:
         before = time.thread_time()
         twin = make_twin(model, taps, args, kwargs, self._fitness.written)
-        if (took := time.thread_time() - before) > _SLOW_S:
+        took = time.thread_time() - before
+        self._num_slow = self._num_slow + 1 if took > _SLOW_S else 0
+        if self._num_slow >= _SLOW_COPIES:  # one alone may have met the garbage collector
             self._faults.count(
                 "slow_copy",
                 f"expected a compiled model that is copied in {_SLOW_S} s; found {took:.1f} s (a large attribute that "

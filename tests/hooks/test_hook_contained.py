@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import threading
+import time
 import weakref
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -445,6 +446,26 @@ def test_inputs_that_require_a_gradient_still_do(run: Path) -> None:
     assert_alike(observed, plain)
     assert len(frames(run)) == 4
     assert "not_observed" not in observed.faults
+
+
+class Slow:
+    """As many small objects would be."""
+
+    def __deepcopy__(self, memo: Any) -> Slow:
+        before = time.thread_time()
+        while time.thread_time() < before + 0.3:
+            pass
+        return self
+
+
+def test_a_slow_copy_is_told_once_it_is_the_rule(run: Path) -> None:
+    def make() -> nn.Module:
+        model = Net()
+        model.slow = Slow()
+        return model
+
+    assert train(make, each_block, run, steps=2).faults == {}
+    assert train(make, each_block, run.with_name("longer")).faults == {"slow_copy": 2}
 
 
 class Cached(Net):
