@@ -81,15 +81,21 @@ def _constant_factor(root: torch.Tensor) -> tuple[torch.Tensor | float, bool]:
         parent: Any = branches[0][0]
         if name == "MulBackward0":
             constant = _constant(node, "_saved_other", "_saved_self")
+            if constant is None:
+                return factor, True
             if parent.name() == "SumBackward0" and isinstance(constant, float) and constant < 1:
                 break  # a mean again, by 1 / number; a scaler multiplies by more
             factor = factor * constant
         elif name == "DivBackward0":
             if _parents(node)[0][0] is None or parent.name() == "SumBackward0":
                 break  # constant / loss is no scaling; sum / constant is the loss itself
-            factor = factor / _constant(node, "_saved_other")
+            constant = _constant(node, "_saved_other")
+            if constant is None:
+                return factor, True
+            factor = factor / constant
             if _is_summed_cross_entropy(parent):
-                return factor * _constant(parent, "_saved_total_weight"), False
+                number = _constant(parent, "_saved_total_weight")
+                return (factor, True) if number is None else (factor * number, False)
         node, index = branches[0]
     return factor, False
 
@@ -107,13 +113,16 @@ def _is_summed_cross_entropy(node: Any) -> bool:
     return node.name() in {"NllLossBackward0", "NllLoss2DBackward0"} and node._saved_reduction == _SUM
 
 
-def _constant(node: Any, *names: str) -> torch.Tensor | float:
+def _constant(node: Any, *names: str) -> torch.Tensor | float | None:
     """Read a factor off a node.
 
     Returns:
-        Its size: a sign is no scale, ``-1 * log_likelihood`` is the loss itself.
+        Its size: a sign is no scale, ``-1 * log_likelihood`` is the loss itself. None where the user's own hooks have
+        packed it (offloading, checkpointing): to unpack it would run their code, and perhaps the model, once more.
     """
     for name in names:
+        if getattr(getattr(node, f"_raw{name}", None), "unpack_hook", None) is not None:
+            return None
         saved = getattr(node, name, None)
         if isinstance(saved, torch.Tensor):
             return saved.detach().reshape(()).abs() if saved.device.type != "cpu" else abs(float(saved))

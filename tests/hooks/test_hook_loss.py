@@ -72,3 +72,20 @@ def test_a_sum_that_nobody_divides_is_the_loss() -> None:
     reading = read_loss((summed(logits),), None)
     assert reading.loss is not None
     assert (reading.loss.item(), reading.scale) == (summed(logits).item(), 1.0)
+
+
+def test_what_the_user_s_own_hooks_have_packed_is_not_unpacked() -> None:
+    """An offloading hook may give each tensor back once; a checkpoint would run the model again."""
+    packed: list[torch.Tensor] = []
+
+    def unpack(index: int) -> torch.Tensor:
+        raise AssertionError(f"{index} was unpacked")
+
+    logits = torch.randn(8, 5, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: (packed.append(tensor), len(packed))[1], unpack):
+        roots = [summed(logits) / 40, summed(logits) * torch.tensor(2.0), masked(logits) / 4]
+    for root in roots:
+        reading = read_loss((root,), None)
+        assert reading.loss is not None
+        assert torch.isfinite(reading.loss)
+    assert packed
