@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch._ops import OpOverload
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _pop_mode, _push_mode  # pyright: ignore
 
@@ -46,7 +47,8 @@ class Contained(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self._exempt, self._refuses = False, True
-        self._own: set[int] = set()
+        self._own: dict[int, StorageWeakRef] = {}
+        """By address. While there is a weak reference to it, nothing else is given the address."""
         self._generators: list[tuple[torch.Generator, torch.Tensor]] = []
         """Of the user's, that were drawn from: with their state before."""
 
@@ -81,7 +83,9 @@ class Contained(TorchDispatchMode):
 
     def own(self, *tensors: torch.Tensor) -> None:
         """Allow writes to these too."""
-        self._own.update(map(storage_of, tensors))
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            self._own[storage_of(tensor)] = StorageWeakRef(storage)
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:  # else torch has dynamo stand around each operation, for half the cost
@@ -106,10 +110,7 @@ class Contained(TorchDispatchMode):
             self._check(func, effects, args, kwargs)
         output = func(*args, **kwargs)
         if effects.fresh and (not effects.is_lift or output.untyped_storage().resizable()):
-            if isinstance(output, torch.Tensor):  # as nearly always; thousands of operations come by here
-                self._own.add(output.untyped_storage()._cdata)  # pyright: ignore[reportPrivateUsage]
-            else:
-                self.own(*(leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, torch.Tensor)))
+            self.own(*(leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, torch.Tensor)))
         return output
 
     def _check(self, func: OpOverload, effects: _Effects, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -97,6 +97,17 @@ def test_what_is_made_within_may_be_written_to(run: Callable[[], Any]) -> None:
     LAYER.zero_grad()
 
 
+def test_an_address_that_was_its_own_is_not_for_ever() -> None:
+    contained = Contained()
+    with contained:
+        for _ in range(200):
+            torch.zeros(3)
+    foreign = [torch.zeros(3) for _ in range(200)]
+    for tensor in foreign:
+        with pytest.raises(ReachedOutError), contained:
+            tensor.add_(1)
+
+
 def test_a_generator_that_is_drawn_from_is_put_back() -> None:
     generator = torch.Generator().manual_seed(3)
     state = generator.get_state()
